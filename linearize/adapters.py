@@ -1,0 +1,93 @@
+"""LoRA through peft: put in, switched off, merged. The adapter lives inside the one model; there is no wrapper."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
+from pydantic import Field
+from torch import nn
+from transformers import PreTrainedModel
+
+from linearize.config import Config, Number
+from linearize.errors import RecipeError
+
+ADAPTER = "student"
+
+
+class LoraSettings(Config):
+    """LoRA (arXiv 2106.09685) on chosen projections."""
+
+    r: int = Field(8, ge=1)
+    alpha: Number = Field(16, gt=0)
+    dropout: Number = Field(0.0, ge=0, lt=1)
+    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+
+
+def lora_layers(model: nn.Module) -> list[LoraLayer]:
+    """The adapted modules, in model order."""
+    return [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+
+def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapters' parameters by their names in the model."""
+    return {name: parameter for name, parameter in model.named_parameters() if f".{ADAPTER}." in name}
+
+
+def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
+    """Adapt every module whose name ends in one of `settings.targets`; in fp32, starting as no change.
+
+    A second call with a model that has adapters goes on with them.
+
+    Raises:
+        RecipeError: when a target names no module.
+    """
+    if lora_layers(model):
+        return
+    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    unknown = [target for target in settings.targets if target not in leaves]
+    if unknown:
+        raise RecipeError(
+            f"no projection is called {', '.join(unknown)}; this model has {', '.join(sorted(leaves))}",
+            place="lora.targets",
+        )
+    config = LoraConfig(
+        r=settings.r,
+        lora_alpha=settings.alpha,  # type: ignore[arg-type]
+        lora_dropout=settings.dropout,
+        target_modules=list(settings.targets),
+    )
+    inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    for parameter in lora_parameters(model).values():
+        parameter.data = parameter.data.float()
+
+
+@contextmanager
+def lora_off(model: nn.Module) -> Iterator[None]:
+    """Inside, adapters change nothing."""
+    layers = lora_layers(model)
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+
+
+def merge_lora(model: nn.Module) -> int:
+    """Add the adapters into the base weights, in fp32, and put the plain modules back. Returns how many there were."""
+    merged = 0
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, LoraLayer):
+            continue
+        base = module.get_base_layer()
+        delta = module.get_delta_weight(ADAPTER)
+        with torch.no_grad():
+            base.weight.copy_((base.weight.float() + delta.float()).to(base.weight.dtype))
+        model.set_submodule(name, base)
+        merged += 1
+    return merged

@@ -1,0 +1,170 @@
+"""StudentAttention: the teacher's projections and a mixer, in the call shape of Hugging Face attention.
+
+Shape legend in mixers/base.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import Cache
+from transformers.masking_utils import find_packed_sequence_indices
+
+from linearize.cache import student_layer
+from linearize.families import ModelFamily
+from linearize.mixers import HeadInputs, HeadShapes, Rope, StudentMixer
+
+Observer = Callable[["StudentAttention", HeadInputs, Tensor], None]
+"""Called in teacher mode with the heads and the teacher's mixed values [B, T, H, V] before the output projection."""
+
+
+class StudentAttention(nn.Module):
+    """Takes a teacher's attention module's place; shares its projections, so checkpoint keys stay the teacher's.
+
+    The teacher's module itself is kept, unregistered: in teacher mode it runs as it always did, on the same weights.
+    An adapter that replaces a projection here (LoRA) is not seen by it.
+    """
+
+    def __init__(self, attention: nn.Module, mixer: StudentMixer, family: ModelFamily, shapes: HeadShapes) -> None:
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.mixer = mixer
+        self.family, self.shapes = family, shapes
+        self.layer_idx: int = attention.layer_idx  # type: ignore[assignment]
+        self.mode: Literal["student", "teacher"] = "student"
+        self.observer: Observer | None = None
+        self._softmax = (attention,)  # a tuple hides it from nn.Module: its parameters are registered once
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        padding_mask_BT: Tensor | None = None,
+        segments_BT: Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend as student or as teacher; arguments beyond the named ones are HF's and only the teacher reads them."""
+        if self.mode == "teacher":
+            arguments = {
+                "hidden_states": hidden_states,
+                "position_embeddings": position_embeddings,
+                "attention_mask": attention_mask,
+                "past_key_values": past_key_values,
+                **kwargs,
+            }
+            return self._attend_as_teacher(arguments, padding_mask_BT, segments_BT)
+        projections = [self.get_submodule(name)(hidden_states) for name in self._projections()]
+        heads = self._heads(hidden_states, projections, position_embeddings, padding_mask_BT, segments_BT)
+        layer = None if past_key_values is None else student_layer(past_key_values, self.layer_idx)
+        mixed_BTHV, state = self.mixer(heads, None if layer is None else layer.state)
+        if layer is not None:
+            layer.write(state, hidden_states.shape[1])
+        return self.get_submodule(self.family.output)(mixed_BTHV.flatten(2)), None
+
+    def _attend_as_teacher(
+        self, arguments: dict[str, Any], padding_mask_BT: Tensor | None, segments_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Run the teacher's own module; with an observer, show it the heads and the mixed values of this very run."""
+        (softmax,) = self._softmax
+        if self.observer is None:
+            return softmax(**arguments)
+        with _captured(softmax, self._projections(), self.family.output) as seen:
+            result = softmax(**arguments)
+        heads = self._heads(
+            arguments["hidden_states"],
+            [seen[name] for name in self._projections()],
+            arguments["position_embeddings"],
+            padding_mask_BT,
+            segments_BT,
+        )
+        mixed_BTHV = seen[self.family.output].unflatten(-1, (self.shapes.query_heads, self.shapes.value_width))
+        self.observer(self, heads, mixed_BTHV)
+        return result
+
+    def _projections(self) -> tuple[str, str, str]:
+        return self.family.query, self.family.key, self.family.value
+
+    def _heads(
+        self,
+        x_BTD: Tensor,
+        projections: list[Tensor],
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        padding_mask_BT: Tensor | None,
+        segments_BT: Tensor | None,
+    ) -> HeadInputs:
+        shapes, length = self.shapes, x_BTD.shape[1]
+        q, k, v = projections
+        return HeadInputs(
+            x_BTD=x_BTD,
+            q_BTHK=q.unflatten(-1, (shapes.query_heads, shapes.key_width)),
+            k_BTGK=k.unflatten(-1, (shapes.key_heads, shapes.key_width)),
+            v_BTGV=v.unflatten(-1, (shapes.key_heads, shapes.value_width)),
+            rope=None if position_embeddings is None else Rope(*position_embeddings),
+            mask_BT=None if padding_mask_BT is None else padding_mask_BT[:, -length:].bool(),
+            segments_BT=segments_BT,
+        )
+
+
+@contextmanager
+def _captured(attention: nn.Module, inputs: tuple[str, ...], output: str) -> Iterator[dict[str, Tensor]]:
+    """What the projections `inputs` return and what the projection `output` receives, during one forward."""
+    seen: dict[str, Tensor] = {}
+
+    def keep_result(name: str) -> Callable[..., None]:
+        return lambda _module, _arguments, result: seen.__setitem__(name, result)
+
+    def keep_argument(_module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        seen[output] = arguments[0]
+
+    handles = [attention.get_submodule(name).register_forward_hook(keep_result(name)) for name in inputs]
+    handles.append(attention.get_submodule(output).register_forward_pre_hook(keep_argument))
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    """Forward pre-hook of the decoder: the one place where padding and packing reach student layers.
+
+    Hugging Face turns the 2-D padding mask into a 4-D one, in a form that depends on the attention kernel. Student
+    layers get the 2-D mask itself, and the document number of each token of packed rows (`segments_BT`), found from
+    restarting `position_ids` by transformers' own rule (no mask, no cache). Softmax layers ignore both.
+
+    Raises:
+        ValueError: for a 4-D mask, which a linear-attention student cannot follow.
+    """
+    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
+    use_cache = kwargs.get("use_cache")
+    cached = kwargs.get("past_key_values") is not None or (trunk.config.use_cache if use_cache is None else use_cache)
+    if mask is not None and mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has {mask.ndim} dimensions; a linear-attention student takes the 2-D padding mask "
+            "[batch, tokens] only"
+        )
+    segments = kwargs.get("segments_BT")
+    if segments is None and position_ids is not None and mask is None and not cached:
+        segments = find_packed_sequence_indices(position_ids)
+    return args, {**kwargs, "padding_mask_BT": mask, "segments_BT": segments}
+
+
+def teacher_rows(heads: HeadInputs, scaling: float) -> Callable[[int, int], Tensor]:
+    """The teacher's softmax attention weights [B, H, stop - start, T] by query rows, recomputed in fp32."""
+    assert heads.rope is not None
+    groups = heads.q_BTHK.shape[2] // heads.k_BTGK.shape[2]
+    q_BTHK = heads.rope.rotate(heads.q_BTHK).float()
+    k_BTHK = heads.rope.rotate(heads.k_BTGK).float().repeat_interleave(groups, dim=2)
+
+    def rows(start: int, stop: int) -> Tensor:
+        score_BHRT = torch.einsum("bihk,bjhk->bhij", q_BTHK[:, start:stop], k_BTHK) * scaling
+        return score_BHRT.masked_fill(~heads.seen(start, stop), float("-inf")).softmax(-1)
+
+    return rows

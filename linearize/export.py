@@ -1,0 +1,153 @@
+"""Write the student as an ordinary Hugging Face folder, and prove that what was written is what was trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as hf_logging
+
+from linearize.adapters import merge_lora
+from linearize.errors import RunError
+from linearize.modeling import STUDENT_CLASSES, student_config
+from linearize.recipe import Recipe
+from linearize.surgery import Graft, base_model_type
+
+PROBE_FILE = "probe.safetensors"
+"""Logits of the trained student on a few tokens, for `linearize doctor` to compare a loaded one with."""
+
+_REMOTE_CODE = '''"""Lets `trust_remote_code=True` find the classes of this student; linearize must be installed."""
+
+from linearize.modeling import {config}, {model}
+
+__all__ = ["{config}", "{model}"]
+'''
+
+
+def export_student(
+    graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path, documents: dict[str, str]
+) -> None:
+    """Merge the adapters and write the student: weights, config, tokenizer, recipe, code stub, `documents`.
+
+    Written aside first and moved into `folder` file by file, config.json last: a folder with a config.json is whole.
+
+    Args:
+        graft: the trained student; its adapters are merged into the base weights by this call.
+        documents: further text files by name, such as the model card and metrics.json.
+
+    Raises:
+        RunError: when the disk is full or the folder cannot be written.
+    """
+    merge_lora(graft.model)
+    aside = folder / ".export"
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        aside.mkdir(parents=True)
+        student = _as_student(graft, recipe)
+        _quietly_save(student, aside)
+        tokenizer.save_pretrained(aside)
+        save_file(probe(graft.model), aside / PROBE_FILE)
+        (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        for name, text in documents.items():
+            (aside / name).write_text(text, encoding="utf-8")
+        for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            os.replace(path, folder / path.name)
+    except OSError as error:
+        raise RunError(
+            f"the student could not be written: {error.strerror or error}",
+            place=str(folder),
+            remedy="Its last checkpoint is kept: free space or choose rights, then run again with --resume.",
+        ) from None
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _as_student(graft: Graft, recipe: Recipe) -> PreTrainedModel:
+    """The grafted model's own tensors, without a copy, in the student class that will be loaded later."""
+    teacher = graft.model
+    config_class, model_class = STUDENT_CLASSES[base_model_type(teacher)]
+    config = student_config(teacher.config, recipe.mixer, tuple(sorted(graft.students)))
+    config.dtype = teacher.dtype
+    config.auto_map = {  # type: ignore[attr-defined]
+        "AutoConfig": f"modeling_linearized.{config_class.__name__}",
+        "AutoModelForCausalLM": f"modeling_linearized.{model_class.__name__}",
+    }
+    with torch.device("meta"):
+        student = model_class(config)
+    student.load_state_dict(teacher.state_dict(), assign=True)
+    student.tie_weights()
+    student.generation_config = teacher.generation_config
+    return student
+
+
+def _quietly_save(student: PreTrainedModel, folder: Path) -> None:
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        student.save_pretrained(folder)
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+    code = _REMOTE_CODE.format(config=type(student.config).__name__, model=type(student).__name__)
+    (folder / "modeling_linearized.py").write_text(code)
+
+
+@torch.no_grad()
+def probe(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Logits of the last 4 of 96 fixed tokens, on up to 512 entries of the vocabulary.
+
+    Returns:
+        input_ids [1, 96] int64, entries [E] int64, logits [4, E] fp32.
+    """
+    generator = torch.Generator().manual_seed(20402)
+    vocabulary: int = model.config.vocab_size
+    ids = torch.randint(0, vocabulary, (1, 96), generator=generator)
+    entries = torch.randperm(vocabulary, generator=generator)[:512]
+    return {"input_ids": ids, "entries": entries, "logits": probe_logits(model, ids, entries)}
+
+
+@torch.no_grad()
+def probe_logits(model: PreTrainedModel, ids: Tensor, entries: Tensor) -> Tensor:
+    """Logits [4, E] in fp32 on the CPU."""
+    training = model.training
+    model.eval()
+    logits = model(ids.to(model.device), use_cache=False, logits_to_keep=4).logits[0]
+    model.train(training)
+    return logits[:, entries.to(logits.device)].float().cpu().contiguous()
+
+
+def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
+    """Load a student and refuse one whose weights do not match its config: nothing is initialised silently.
+
+    Raises:
+        RunError: for a folder that holds no student, and for missing, unexpected or misshapen weights.
+    """
+    path = Path(folder)
+    if path.exists() and not (path / "config.json").is_file():
+        raise RunError("holds no config.json", place=str(path), remedy="Give the --out folder of a finished run.")
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    except OSError as error:
+        raise RunError(" ".join(str(error).split()), place=str(folder)) from None
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
+    wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
+    if wrong:
+        raise RunError(f"its weights do not fit its config: {json.dumps(wrong)[:500]}", place=str(folder))
+    return model.eval().to(device)
+
+
+def metrics_document(metrics: dict[str, Any]) -> str:
+    """metrics.json as text."""
+    return json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"

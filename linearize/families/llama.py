@@ -1,0 +1,5 @@
+"""Llama 1 to 3.3, and what shares its module tree (SmolLM2, TinyLlama, ...)."""
+
+from linearize.families.base import ModelFamily
+
+LLAMA = ModelFamily(model_type="llama", config_class="LlamaConfig", causal_lm="LlamaForCausalLM")

@@ -1,0 +1,126 @@
+"""What a mixer sees and returns.
+
+Shape legend: B batch, T tokens, D model width, H query heads, G key/value heads (H = G * group), K key width,
+V value width, F features.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from linearize.config import Config
+
+MixerState = tuple[Tensor, ...]
+"""A mixer's decoding state: batch-first tensors whose sizes do not depend on how many tokens were read."""
+
+RowWeights = Callable[[int, int], Tensor]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding of the current tokens, as the teacher computed it (scaling included).
+
+    `cos_BTR` and `sin_BTR` hold both halves (R rotated channels of K, the first R when the rotation is partial),
+    in the half-split convention of Llama (arXiv 2104.09864).
+    """
+
+    cos_BTR: Tensor
+    sin_BTR: Tensor
+
+    def rotate(self, x_BTHK: Tensor) -> Tensor:
+        """Rotate queries or keys [B, T, H, K]; returns the same shape and dtype."""
+        cos, sin = self.cos_BTR[:, :, None], self.sin_BTR[:, :, None]
+        width = cos.shape[-1]
+        turned, kept = x_BTHK[..., :width], x_BTHK[..., width:]
+        low, high = turned.chunk(2, dim=-1)
+        turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
+        return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+
+@dataclass(frozen=True)
+class HeadInputs:
+    """What a mixer sees: heads, never a Hugging Face module.
+
+    q, k, v are taken before RoPE, after bias and q/k norm. Keys and values keep their G heads: query head h reads
+    key/value head h // (H // G).
+    """
+
+    x_BTD: Tensor
+    q_BTHK: Tensor
+    k_BTGK: Tensor
+    v_BTGV: Tensor
+    rope: Rope | None = None
+    mask_BT: Tensor | None = None  # True = real token; None = all real
+    segments_BT: Tensor | None = None  # document number of each token in a packed row; None = one document
+
+    def seen(self, start: int, stop: int) -> Tensor:
+        """Which keys query rows start..stop may see: bool, broadcastable to [B, H, stop - start, T]."""
+        length, device = self.q_BTHK.shape[1], self.q_BTHK.device
+        rows = torch.arange(start, stop, device=device)
+        seen = (rows[:, None] >= torch.arange(length, device=device))[None, None]
+        if self.segments_BT is not None:
+            seen = seen & (self.segments_BT[:, None, start:stop, None] == self.segments_BT[:, None, None, :])
+        if self.mask_BT is not None:
+            seen = seen & self.mask_BT[:, None, None, :]
+        return seen
+
+
+@dataclass(frozen=True)
+class HeadShapes:
+    """The sizes a mixer is built for."""
+
+    width: int  # D
+    query_heads: int  # H
+    key_heads: int  # G
+    key_width: int  # K
+    value_width: int  # V
+    scaling: float  # what the teacher multiplies q.k with, usually K ** -0.5
+
+
+class MixerConfig(Config):
+    """Base of all mixer configurations; `kind` names the mixer in the MIXERS table."""
+
+    kind: str
+
+
+class StudentMixer(nn.Module):
+    """A mixer maps heads to heads. It knows no Hugging Face module, no teacher and no loss.
+
+    Whole sequence, split anywhere, and token by token must give the same outputs; a prefix must not change when the
+    sequence grows. One contract test checks this for every entry of MIXERS.
+    """
+
+    @abstractmethod
+    def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        """Mix T tokens after `state`.
+
+        Args:
+            heads: current tokens only. Masked tokens neither write to the state nor are read.
+            state: what an earlier call returned, or None at the start of a sequence.
+
+        Returns:
+            outputs [B, T, H, V] in the dtype of v, before the output projection; and the new state.
+        """
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Set the initial values, so that the student starts near its teacher. Called once, after construction."""
+
+    @abstractmethod
+    def state_bytes(self) -> int:
+        """Bytes of decoding state per sequence and layer."""
+
+    def row_weights(self, heads: HeadInputs) -> RowWeights:
+        """A function (start, stop) -> attention weights [B, H, stop - start, T] of those query rows.
+
+        Each row sums to 1. For objectives on attention weights and for diagnostics; features are computed once.
+
+        Raises:
+            NotImplementedError: for a mixer without normalised attention weights.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no normalised attention weights")

@@ -1,0 +1,66 @@
+"""The Hedgehog feature map phi(x) = [f(xW + b) ; f(-(xW + b))] (arXiv 2402.04347) in its three published forms.
+
+Shape legend: B batch, T tokens, H maps, G input heads (H = G * N: head g feeds maps g*N .. g*N+N-1), K head width,
+F features per sign.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+Normalisation = Literal["exp", "softmax", "softmax_joint"]
+
+MAX_EXPONENT = 60.0
+"""Key exponents of the `exp` form are cut here: e^60 times a million tokens still fits fp32."""
+
+
+class HedgehogMap(nn.Module):
+    """H learned maps, each K -> 2F non-negative features.
+
+    Normalisations, which are three different functions (methods of arXiv 2402.04347, 2410.10254 and of a later
+    library); the query side of each cancels in the attention's denominator, the key side does not:
+        exp: [exp(u) ; exp(-u)] with u = xW + b. Query exponents are shifted by their maximum, which cancels.
+        softmax: [softmax(u) ; softmax(-u)], two separate softmaxes over F.
+        softmax_joint: softmax([2u ; -2u]), one softmax over 2F.
+    """
+
+    def __init__(self, maps: int, width: int, features: int, bias: bool, normalisation: Normalisation) -> None:
+        super().__init__()
+        self.weight_HKF = nn.Parameter(torch.empty(maps, width, features))
+        self.bias_HF = nn.Parameter(torch.empty(maps, features)) if bias else None
+        self.normalisation = normalisation
+
+    def reset_parameters(self, start: Literal["identity", "kaiming"] = "identity") -> None:
+        """Rectangular identity (the student starts from the teacher's own q and k) or Kaiming-uniform; zero bias."""
+        maps, width, features = self.weight_HKF.shape
+        with torch.no_grad():
+            if start == "identity":
+                self.weight_HKF.copy_(torch.eye(width, features).expand(maps, -1, -1))
+            else:
+                bound = (6.0 / width) ** 0.5
+                self.weight_HKF.uniform_(-bound, bound)
+            if self.bias_HF is not None:
+                self.bias_HF.zero_()
+
+    def forward(self, x_BTGK: Tensor, side: Literal["query", "key"]) -> Tensor:
+        """Features [B, T, H, 2F] in fp32 (fp64 for fp64 weights). Input heads are not repeated in memory."""
+        maps, width, features = self.weight_HKF.shape
+        groups = x_BTGK.shape[2]
+        dtype = torch.promote_types(self.weight_HKF.dtype, torch.float32)
+        weight_GKN = self.weight_HKF.to(dtype).view(groups, maps // groups, width, features)
+        weight_GKN = weight_GKN.transpose(1, 2).flatten(2)  # [G, K, N * F]
+        x_GLK = x_BTGK.to(dtype).flatten(0, 1).transpose(0, 1)
+        u_BTHF = (x_GLK @ weight_GKN).transpose(0, 1).reshape(*x_BTGK.shape[:2], maps, features)
+        if self.bias_HF is not None:
+            u_BTHF = u_BTHF + self.bias_HF.to(dtype)
+        if self.normalisation == "softmax":
+            return torch.cat([u_BTHF.softmax(-1), (-u_BTHF).softmax(-1)], dim=-1)
+        both = torch.cat([u_BTHF, -u_BTHF], dim=-1)
+        if self.normalisation == "softmax_joint":
+            return (2 * both).softmax(-1)
+        if side == "query":
+            return (both - both.amax(-1, keepdim=True).detach()).exp()
+        return both.clamp_max(MAX_EXPONENT).exp()

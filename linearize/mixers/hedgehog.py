@@ -1,0 +1,74 @@
+"""Hedgehog (arXiv 2402.04347): softmax replaced by learned non-negative feature maps, with the normaliser kept.
+
+Shape legend in base.py.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from linearize_kernels import LinearState, linear_attention
+from pydantic import Field
+from torch import Tensor
+
+from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
+from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+
+
+class HedgehogConfig(MixerConfig):
+    """Options of the Hedgehog mixer."""
+
+    kind: Literal["hedgehog"] = "hedgehog"
+    normalisation: Normalisation = Field("softmax", description="exp | softmax | softmax_joint: three functions")
+    features: int | None = Field(None, ge=1, le=512, description="features per sign; default: the key width")
+    tied: bool = Field(False, description="queries and keys share their maps")
+    bias: bool = Field(False, description="add a bias inside the maps")
+    rope: bool = Field(True, description="apply the teacher's RoPE before the maps")
+    start: Literal["identity", "kaiming"] = "identity"
+
+
+class Hedgehog(StudentMixer):
+    """One map per query head for queries and for keys, causal normalised linear attention, O(1) decoding state."""
+
+    def __init__(self, config: HedgehogConfig, shapes: HeadShapes) -> None:
+        super().__init__()
+        self.config, self.shapes = config, shapes
+        features = config.features or shapes.key_width
+        arguments = (shapes.query_heads, shapes.key_width, features, config.bias, config.normalisation)
+        self.query_map = HedgehogMap(*arguments)
+        self.key_map = self.query_map if config.tied else HedgehogMap(*arguments)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.query_map.reset_parameters(self.config.start)
+        self.key_map.reset_parameters(self.config.start)
+
+    def state_bytes(self) -> int:
+        features = 2 * (self.config.features or self.shapes.key_width)
+        return 4 * self.shapes.query_heads * features * (self.shapes.value_width + 1)
+
+    def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        q_BTHF, k_BTHF = self.features(heads)
+        linear_state = None if state is None else LinearState(*state)
+        return linear_attention(q_BTHF, k_BTHF, heads.v_BTGV, linear_state, heads.segments_BT)
+
+    def features(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
+        """Query and key features [B, T, H, 2F]; masked tokens have key features of 0."""
+        q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
+        if self.config.rope and heads.rope is not None:
+            q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
+        k_BTHF = self.key_map(k_BTGK, "key")
+        if heads.mask_BT is not None:
+            k_BTHF = k_BTHF * heads.mask_BT[:, :, None, None]
+        return self.query_map(q_BTHK, "query"), k_BTHF
+
+    def row_weights(self, heads: HeadInputs) -> RowWeights:
+        q_BTHF, k_BTHF = self.features(heads)
+
+        def rows(start: int, stop: int) -> Tensor:
+            score_BHRT = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)
+            score_BHRT = score_BHRT.masked_fill(~heads.seen(start, stop), 0)
+            return score_BHRT / score_BHRT.sum(-1, keepdim=True).clamp_min(torch.finfo(score_BHRT.dtype).tiny)
+
+        return rows

@@ -1,0 +1,112 @@
+"""Config and model classes of students: one factory makes `Linearized<Family>` for every family.
+
+Registered with the Auto* classes when linearize is imported, so that
+`AutoModelForCausalLM.from_pretrained(folder)` builds the student that `config.linearize` describes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from linearize.errors import SurgeryError
+from linearize.families import FAMILIES, ModelFamily
+from linearize.mixers import MixerConfig, StudentMixer, mixer_config
+from linearize.surgery import STUDENT_PREFIX, graft, plan_surgery
+
+STUDENT_LAYER_TYPE = "hybrid"
+"""The `layer_types` entry of student layers. transformers accepts fixed names only; with `linear_attention` in every
+layer its default cache cannot tell its length before the first token (cache.py replaces such layers anyway)."""
+
+
+def surgery_entry(mixer: MixerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
+    """What config.json says under `linearize`: enough to repeat the surgery."""
+    return {"format": 1, "mixer": mixer.model_dump(mode="json"), "layers": list(layers)}
+
+
+def student_config(teacher: PretrainedConfig, mixer: MixerConfig, layers: tuple[int, ...]) -> PretrainedConfig:
+    """The configuration of a student: the teacher's fields, `layer_types`, and the `linearize` entry."""
+    values = teacher.to_dict()
+    for key in ("model_type", "architectures", "transformers_version", "quantization_config", "auto_map"):
+        values.pop(key, None)
+    kept: list[str] | None = values.get("layer_types")
+    count: int = values["num_hidden_layers"]
+    values["layer_types"] = [
+        STUDENT_LAYER_TYPE if index in layers else ("full_attention" if kept is None else kept[index])
+        for index in range(count)
+    ]
+    values["linearize"] = surgery_entry(mixer, layers)
+    config_class = STUDENT_CLASSES[teacher.model_type][0]
+    config = config_class(**values)
+    config.architectures = [STUDENT_CLASSES[teacher.model_type][1].__name__]
+    return config
+
+
+def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
+    """Graft the mixers that `model.config.linearize` describes; used while a student is being built."""
+    entry = model.config.linearize
+    if entry is None:
+        raise SurgeryError(
+            "there is no `linearize` entry, so nothing says which layers are students",
+            place="config.json",
+            remedy=f"Load it as an ordinary {family.causal_lm}, or convert it with `linearize convert`.",
+        )
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    kept = tuple(index for index in range(len(layers)) if index not in entry["layers"])
+    graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept))
+
+
+def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
+    """Subclasses of the family's own config and language model."""
+    base_config: type[PretrainedConfig] = _lazy(family.config_class)
+    base_model: type[PreTrainedModel] = _lazy(family.causal_lm)
+    stem = family.causal_lm.removesuffix("ForCausalLM")
+    model_type = STUDENT_PREFIX + family.model_type
+
+    config_class = type(
+        f"Linearized{stem}Config",
+        (base_config,),
+        {
+            "__module__": __name__,
+            "__doc__": f"{stem} with student layers; `linearize` describes the surgery.",
+            "__annotations__": {"linearize": "dict | None", "layer_types": "list | None"},
+            "model_type": model_type,
+            "linearize": None,
+            "layer_types": None,
+        },
+    )
+
+    class Linearized(base_model):  # type: ignore[misc, valid-type]
+        _keep_in_fp32_modules_strict = ["mixer"]
+
+        def __init__(self, config: PretrainedConfig) -> None:
+            super().__init__(config)
+            _perform_surgery(self, family)
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, StudentMixer):
+                module.reset_parameters()  # transformers calls this for weights that a checkpoint lacks
+            else:
+                super()._init_weights(module)
+
+    Linearized.config_class = config_class
+    Linearized.__name__ = Linearized.__qualname__ = f"Linearized{stem}ForCausalLM"
+    Linearized.__doc__ = f"{family.causal_lm} whose layers listed in `config.linearize` are linear-attention students."
+    return config_class, Linearized
+
+
+def _lazy(name: str) -> Any:
+    """A class of transformers by name; its top-level module imports them on access."""
+    return getattr(transformers, name)
+
+
+STUDENT_CLASSES = {family.model_type: _make_classes(family) for family in FAMILIES.values()}
+
+for _config_class, _model_class in STUDENT_CLASSES.values():
+    globals()[_config_class.__name__], globals()[_model_class.__name__] = _config_class, _model_class
+    AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
+    AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)

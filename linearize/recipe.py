@@ -1,0 +1,241 @@
+"""Recipes: HOW to convert. A mixer, the layers that stay softmax, and a list of stages; no model names."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args
+
+import yaml
+from pydantic import Field, SerializeAsAny, ValidationError
+
+from linearize.config import Config, TokenCount, parse_count
+from linearize.errors import RecipeError, unknown_name
+from linearize.mixers import MIXERS, MixerConfig
+from linearize.paths import shipped
+from linearize.stages import STAGES, StageConfig
+from linearize.surgery import KeepSoftmax
+
+
+MIN_STEPS = 100
+"""`--tokens` shrinks a stage's batch before it lets the stage fall below this many optimiser steps."""
+
+
+class Recipe(Config):
+    """One conversion method, read from a YAML file."""
+
+    name: str
+    paper: str = ""
+    mixer: SerializeAsAny[MixerConfig]
+    keep_softmax: KeepSoftmax = "none"
+    stages: tuple[SerializeAsAny[StageConfig], ...] = Field(min_length=1)
+    data: str | None = Field("HuggingFaceFW/fineweb-edu:sample-10BT", description="Hub data set without --data")
+    heldout_tokens: TokenCount = Field(16384, gt=0, description="tokens kept aside from the training text")
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    seed: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Training tokens over all stages."""
+        return sum(stage.tokens for stage in self.stages)
+
+    def digest(self) -> str:
+        """A hash of every setting; equal recipes have equal digests."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Source(NamedTuple):
+    """Where a value came from, for error messages."""
+
+    name: str
+    lines: Mapping[str, int]
+
+    def place(self, key: str) -> str:
+        while key and key not in self.lines:
+            key = key.rpartition(".")[0]
+        line = f", line {self.lines[key]}" if key else ""
+        return f"{self.name}{line}"
+
+
+def recipe_names() -> list[str]:
+    """The recipes that ship with linearize."""
+    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+
+
+def find_recipe(recipe: str) -> Path:
+    """The file of a recipe given by name or path.
+
+    Raises:
+        RecipeError: when there is none; the known names are listed.
+    """
+    path = Path(recipe)
+    if path.suffix in {".yaml", ".yml"} or len(path.parts) > 1:
+        if not path.is_file():
+            raise RecipeError("no such recipe file", place=recipe, remedy="`linearize recipes list` shows what ships.")
+        return path
+    if recipe not in recipe_names():
+        raise RecipeError(unknown_name("recipe", recipe, recipe_names()), place="--recipe")
+    return shipped("recipes") / f"{recipe}.yaml"
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = (), tokens: int | str | None = None) -> Recipe:
+    """Read and check a recipe.
+
+    Args:
+        recipe: a shipped name or the path of a YAML file.
+        overrides: `path=value` settings such as `stages.0.tokens=2M`; values are YAML.
+        tokens: total training tokens; every stage's budget is scaled by the same factor.
+
+    Raises:
+        RecipeError: with file, line, key and the nearest known name.
+    """
+    path = find_recipe(recipe)
+    values, lines = _read_yaml(path)
+    source = _Source(str(path), lines)
+    for override in overrides:
+        _apply_override(values, override)
+    checked = _check(values, source)
+    return checked if tokens is None else _scale(checked, tokens)
+
+
+def _scale(recipe: Recipe, tokens: int | str) -> Recipe:
+    try:
+        total = int(parse_count(tokens))
+    except ValueError as error:
+        raise RecipeError(str(error), place="--tokens") from None
+    if total <= 0:
+        raise RecipeError(f"{total} is not a positive number of tokens", place="--tokens")
+    stages = tuple(_scale_stage(stage, stage.tokens * total // recipe.tokens) for stage in recipe.stages)
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _scale_stage(stage: StageConfig, tokens: int) -> StageConfig:
+    """The stage with another budget; its batch shrinks, down to one row, while there are fewer than MIN_STEPS steps."""
+    batch = min(stage.batch, max(1, tokens // (stage.length * MIN_STEPS)))
+    micro_batch = next(size for size in range(min(stage.micro_batch, batch), 0, -1) if batch % size == 0)
+    return stage.model_copy(update={"tokens": tokens, "batch": batch, "micro_batch": micro_batch})
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's values, and the line of every key."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        values, node = yaml.safe_load(text), yaml.compose(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"cannot be read as text: {error}", place=str(path)) from None
+    except yaml.YAMLError as error:
+        raise RecipeError(f"is not YAML: {' '.join(str(error).split())}", place=str(path)) from None
+    if not isinstance(values, dict):
+        raise RecipeError(f"holds {type(values).__name__}, not keys and values", place=str(path))
+    lines: dict[str, int] = {}
+    _collect_lines(node, "", lines)
+    return values, lines
+
+
+def _collect_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}.{key.value}".lstrip(".")
+            lines[name] = key.start_mark.line + 1
+            _collect_lines(value, name, lines)
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            name = f"{prefix}.{index}".lstrip(".")
+            lines[name] = value.start_mark.line + 1
+            _collect_lines(value, name, lines)
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    """Set `stages.0.tokens=2M` in plain data; the check afterwards refuses unknown keys."""
+    place = f"--set {override}"
+    path, equals, text = override.partition("=")
+    keys = path.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError("is not of the form key.key=value", place=place, remedy="Example: stages.0.tokens=2M")
+    target: Any = values
+    for depth, key in enumerate(keys):
+        if isinstance(target, list):
+            if not key.isdigit() or int(key) >= len(target):
+                raise RecipeError(f"'{key}' is not one of the items 0 to {len(target) - 1}", place=place)
+            index: Any = int(key)
+        elif isinstance(target, dict):
+            index = key
+        else:
+            raise RecipeError(f"'{'.'.join(keys[:depth])}' holds a plain value, not keys", place=place)
+        if depth == len(keys) - 1:
+            target[index] = yaml.safe_load(text)
+        elif isinstance(target, dict):
+            if target.get(index) is None:
+                target[index] = {}
+            target = target[index]
+        else:
+            target = target[index]
+
+
+def _check(values: dict[str, Any], source: _Source) -> Recipe:
+    """Validate the parts against the tables, then the whole."""
+    rest = {key: value for key, value in values.items() if key not in {"mixer", "stages"}}
+    if isinstance(rest.get("keep_softmax"), list):
+        rest["keep_softmax"] = tuple(rest["keep_softmax"])
+    if "mixer" in values:
+        rest["mixer"] = _part(values["mixer"], "mixer", {kind: entry.config for kind, entry in MIXERS.items()}, source)
+    if "stages" in values:
+        if not isinstance(values["stages"], list):
+            raise RecipeError("stages must be a list", place=source.place("stages"))
+        kinds = {kind: entry.config for kind, entry in STAGES.items()}
+        rest["stages"] = tuple(
+            _part(stage, f"stages.{index}", kinds, source) for index, stage in enumerate(values["stages"])
+        )
+    return _validate(Recipe, rest, "", source)
+
+
+def _part(values: Any, key: str, table: Mapping[str, type[Config]], source: _Source) -> Config:
+    """A mixer or a stage: `kind` picks its configuration class from the table."""
+    known = ", ".join(sorted(table))
+    if not isinstance(values, dict) or "kind" not in values:
+        raise RecipeError(f"{key} needs a `kind`, one of: {known}", place=source.place(key))
+    if values["kind"] not in table:
+        raise RecipeError(f"{key}.kind: {unknown_name('kind', str(values['kind']), table)}",
+                          place=source.place(f"{key}.kind"))
+    return _validate(table[values["kind"]], values, key, source)
+
+
+def _validate(model: type[Any], values: dict[str, Any], prefix: str, source: _Source) -> Any:
+    """Validate, and turn pydantic's findings into one error that names every place."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        findings = []
+        for item in error.errors():
+            key = ".".join([*([prefix] if prefix else []), *(str(part) for part in item["loc"])])
+            findings.append((key, _explain(item, model)))
+        text = "; ".join(f"{key}: {message}" if key else message for key, message in findings)
+        raise RecipeError(text, place=source.place(findings[0][0])) from None
+
+
+def _explain(item: Any, model: type[Config]) -> str:
+    if item["type"] == "extra_forbidden":
+        names = _field_names(model, item["loc"][:-1])
+        near = get_close_matches(str(item["loc"][-1]), names, n=1)
+        return "unknown key" + (f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(sorted(names))}")
+    if item["type"] == "missing":
+        return "is missing"
+    message = item["msg"].removeprefix("Value error, ")
+    return message if item["type"] == "value_error" else f"{message} (got {item['input']!r})"
+
+
+def _field_names(model: type[Config], path: Sequence[Any]) -> list[str]:
+    """The keys that are known where an unknown one was found."""
+    for part in path:
+        field = model.model_fields.get(str(part))
+        candidates = [field.annotation, *get_args(field.annotation)] if field is not None else []
+        nested = [kind for kind in candidates if isinstance(kind, type) and issubclass(kind, Config)]
+        if not nested:
+            return []
+        model = nested[0]
+    return list(model.model_fields)
+

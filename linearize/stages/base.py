@@ -1,0 +1,117 @@
+"""What every stage shares: its budget, its optimiser, and the protocol that `train.fit` drives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from linearize.config import Config, Number, TokenCount
+from linearize.surgery import Graft
+
+Backward = Callable[[Tensor], None]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B packed rows of T tokens.
+
+    Attributes:
+        input_ids_BT: int64 tokens.
+        position_ids_BT: int64; restarts at 0 where a document starts.
+        segments_BT: int64 document number within the row; None when every row holds one document.
+        target_mask_BT: True where the next token of the row belongs to the same document, so that it is a target.
+            The last column is always False.
+    """
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    segments_BT: Tensor | None
+    target_mask_BT: Tensor
+
+    def to(self, device: object) -> "Batch":
+        """The same batch on another device; copies run asynchronously from pinned memory."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)  # type: ignore[call-overload]
+
+        segments = None if self.segments_BT is None else move(self.segments_BT)
+        return Batch(move(self.input_ids_BT), move(self.position_ids_BT), segments, move(self.target_mask_BT))
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids_BT.numel()
+
+
+class OptimizerConfig(Config):
+    """AdamW and its learning-rate schedule."""
+
+    lr: Number = Field(1e-3, gt=0)
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    warmup: Number = Field(0.1, ge=0, lt=1, description="share of the steps with a linear warm-up")
+    decay: Number = Field(0.1, ge=0, le=1, description="wsd: share of the steps that decay at the end")
+    min_lr_ratio: Number = Field(0.1, ge=0, le=1, description="final learning rate / peak")
+    betas: tuple[Number, Number] = (0.9, 0.99)
+    weight_decay: Number = Field(0.0, ge=0)
+    clip: Number | None = Field(1.0, gt=0, description="largest gradient norm; null = no clipping")
+
+
+class StageConfig(Config):
+    """Base of all stage configurations; `kind` names the stage in the STAGES table."""
+
+    kind: str
+    tokens: TokenCount = Field(gt=0, description="training tokens of this stage")
+    length: int = Field(1024, ge=2, description="tokens per row")
+    batch: int = Field(8, ge=1, description="rows per optimiser step")
+    micro_batch: int = Field(8, ge=1, description="rows per forward; must divide batch")
+    optimizer: OptimizerConfig = OptimizerConfig()
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> "StageConfig":
+        if self.batch % min(self.micro_batch, self.batch):
+            raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps: whole batches only, so a budget smaller than one batch gives 0."""
+        return self.tokens // (self.length * self.batch)
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches per optimiser step."""
+        return self.batch // min(self.micro_batch, self.batch)
+
+
+class Stage(Protocol):
+    """What `train.fit` needs of a stage."""
+
+    name: str
+    config: StageConfig
+
+    def trainable(self) -> Mapping[str, nn.Parameter]:
+        """The parameters this stage trains, by their names in the model. Everything else is frozen."""
+        ...
+
+    def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
+        """Compute the losses of one micro-batch, hand each to `backward`, and return detached scalar metrics.
+
+        The stage calls `backward` itself so that it may do so once per layer and free that layer's activations.
+        The metric `loss` must be there: its mean over the micro-batches is the step's loss.
+        """
+        ...
+
+
+def run_trunk(graft: Graft, batch: Batch) -> Tensor:
+    """Final hidden states [B, T, D] of the decoder without its head, in the graft's present mode."""
+    output = graft.trunk(
+        input_ids=batch.input_ids_BT,
+        position_ids=batch.position_ids_BT,
+        use_cache=False,
+        segments_BT=batch.segments_BT,
+    )
+    hidden: Tensor = output.last_hidden_state
+    return hidden

@@ -1,0 +1,203 @@
+"""Plan first, then operate: `plan_surgery` looks and reports, `graft` is the only code that assigns into a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from linearize.attention import StudentAttention, hand_padding_to_students
+from linearize.config import Config
+from linearize.errors import SurgeryError
+from linearize.families import ModelFamily, family_of
+from linearize.mixers import HeadShapes, MixerConfig, build_mixer
+
+
+class EveryNth(Config):
+    """Keep softmax in layers 0, n, 2n, ...: the first of every n, the placement arXiv 2502.13145 found best."""
+
+    every: int
+
+
+KeepSoftmax = Literal["none"] | tuple[int, ...] | EveryNth
+
+
+STUDENT_PREFIX = "linearized_"
+"""In front of the teacher's `model_type` in the configuration of a student."""
+
+
+def base_model_type(model: PreTrainedModel) -> str:
+    """The teacher's `model_type`, also of a student."""
+    return model.config.model_type.removeprefix(STUDENT_PREFIX)
+
+
+@dataclass(frozen=True)
+class Swap:
+    """One layer whose softmax attention will be replaced."""
+
+    layer: int
+    path: str
+    family: ModelFamily
+    shapes: HeadShapes
+    mixer: MixerConfig
+    parameters: int  # that the mixer adds
+    state_bytes: int  # of decoding state per sequence
+
+
+@dataclass(frozen=True)
+class Graft:
+    """A model with student layers. The base weights are the teacher's own."""
+
+    model: PreTrainedModel
+    students: dict[int, StudentAttention]
+
+    @property
+    def trunk(self) -> nn.Module:
+        """The decoder without the language-model head."""
+        return self.model.get_submodule(family_of(base_model_type(self.model)).trunk)
+
+    @contextmanager
+    def as_teacher(self) -> Iterator[PreTrainedModel]:
+        """Inside, student layers attend with the teacher's softmax. Adapters are the caller's to switch off."""
+        before = {index: student.mode for index, student in self.students.items()}
+        for student in self.students.values():
+            student.mode = "teacher"
+        try:
+            yield self.model
+        finally:
+            for index, student in self.students.items():
+                student.mode = before[index]
+
+    def mixer_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that surgery added, by their names in the model."""
+        ours = {id(parameter) for student in self.students.values() for parameter in student.mixer.parameters()}
+        return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in ours}
+
+
+def layers_to_keep(keep: KeepSoftmax, layers: int) -> frozenset[int]:
+    """The layer numbers that stay softmax.
+
+    Raises:
+        SurgeryError: for a layer number that the model does not have, or `every` below 2.
+    """
+    if keep == "none":
+        return frozenset()
+    if isinstance(keep, EveryNth):
+        if keep.every < 2:
+            raise SurgeryError(
+                f"every: {keep.every} would keep every layer softmax",
+                place="keep_softmax",
+                remedy="Use 2 or more, or a list.",
+            )
+        return frozenset(range(0, layers, keep.every))
+    assert isinstance(keep, tuple)
+    wrong = [index for index in keep if not 0 <= index < layers]
+    if wrong:
+        raise SurgeryError(
+            f"layers {wrong} do not exist; the model has layers 0 to {layers - 1}", place="keep_softmax"
+        )
+    return frozenset(keep)
+
+
+def head_shapes(attention: nn.Module, family: ModelFamily, config: object) -> HeadShapes:
+    """Sizes read off the projections themselves: head_dim may differ from hidden / heads."""
+    heads: int = config.num_attention_heads  # type: ignore[attr-defined]
+    key_heads: int = config.num_key_value_heads  # type: ignore[attr-defined]
+    query, key, value = (attention.get_submodule(name) for name in (family.query, family.key, family.value))
+    return HeadShapes(
+        width=query.in_features,  # type: ignore[arg-type]
+        query_heads=heads,
+        key_heads=key_heads,
+        key_width=query.out_features // heads,  # type: ignore[operator]
+        value_width=value.out_features // key_heads,  # type: ignore[operator]
+        scaling=attention.scaling,  # type: ignore[arg-type]
+    )
+
+
+def find_misfits(attention: nn.Module, family: ModelFamily, config: object) -> list[str]:
+    """Every reason why a mixer cannot take this module's place; empty when it can."""
+    names = {name for name, _ in attention.named_children()}
+    missing = [name for name in (family.query, family.key, family.value, family.output) if name not in names]
+    if missing:
+        return [f"no projection {', '.join(missing)} (found: {', '.join(sorted(names)) or 'none'})"]
+    misfits = [f"parameter {name} outside the projections" for name, _ in attention.named_parameters(recurse=False)]
+    heads: int = config.num_attention_heads  # type: ignore[attr-defined]
+    key_heads: int = config.num_key_value_heads  # type: ignore[attr-defined]
+    if heads % key_heads:
+        misfits.append(f"{heads} query heads do not divide into {key_heads} key/value heads")
+    for name, parts in ((family.query, heads), (family.key, key_heads), (family.value, key_heads)):
+        rows: int = attention.get_submodule(name).out_features  # type: ignore[assignment]
+        if rows % parts:
+            misfits.append(f"{name} has {rows} rows, which {parts} heads do not divide")
+    if family.window is not None:
+        window = config.__dict__.get(family.window)
+        if window is not None:
+            misfits.append(f"attention already slides over a window of {window} tokens")
+    return misfits
+
+
+def plan_surgery(model: PreTrainedModel, mixer: MixerConfig, keep_softmax: KeepSoftmax = "none") -> tuple[Swap, ...]:
+    """What `graft` would do. Changes nothing.
+
+    Args:
+        model: a causal language model of a known family, not grafted yet.
+        mixer: the student mixer for every replaced layer.
+        keep_softmax: the layers that stay as they are.
+
+    Raises:
+        SurgeryError: listing every misfit of every layer; or when nothing would be replaced.
+    """
+    family = family_of(base_model_type(model))
+    layers = model.get_submodule(family.layers)
+    assert isinstance(layers, nn.ModuleList)
+    keep = layers_to_keep(keep_softmax, len(layers))
+    swaps: list[Swap] = []
+    misfits: list[str] = []
+    for index, layer in enumerate(layers):
+        if index in keep:
+            continue
+        attention = layer.get_submodule(family.attention)
+        found = ["already a student layer"] if isinstance(attention, StudentAttention) else (
+            find_misfits(attention, family, model.config)
+        )
+        misfits += [f"layer {index}: {reason}" for reason in found]
+        if not found:
+            shapes = head_shapes(attention, family, model.config)
+            with torch.device("meta"):
+                built = build_mixer(mixer, shapes)
+            parameters = sum(parameter.numel() for parameter in built.parameters())
+            path = f"{family.layers}.{index}.{family.attention}"
+            swaps.append(Swap(index, path, family, shapes, mixer, parameters, built.state_bytes()))
+    if misfits:
+        raise SurgeryError(
+            f"{len(misfits)} misfit(s): " + "; ".join(misfits),
+            place=f"surgery on {family.model_type}",
+            remedy="Nothing was changed. Keep such layers softmax with keep_softmax, or use another model.",
+        )
+    return tuple(swaps)
+
+
+def graft(model: PreTrainedModel, plan: tuple[Swap, ...]) -> Graft:
+    """Carry out a plan: put a StudentAttention, in student mode, in the place of each planned attention module.
+
+    Mixers are made in fp32 on the device of the layer. An empty plan changes no output.
+    """
+    students: dict[int, StudentAttention] = {}
+    for swap in plan:
+        attention = model.get_submodule(swap.path)
+        device = attention.get_submodule(swap.family.output).weight.device
+        with torch.device(device):  # type: ignore[arg-type]
+            mixer = build_mixer(swap.mixer, swap.shapes)
+        student = StudentAttention(attention, mixer.float(), swap.family, swap.shapes)
+        student.train(attention.training)
+        model.set_submodule(swap.path, student)
+        students[swap.layer] = student
+    if plan:
+        trunk = model.get_submodule(plan[0].family.trunk)
+        trunk.register_forward_pre_hook(hand_padding_to_students, with_kwargs=True)
+    return Graft(model, students)

