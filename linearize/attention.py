@@ -16,7 +16,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from linearize.cache import student_layer
 from linearize.families import ModelFamily
-from linearize.mixers import HeadInputs, HeadShapes, Rope, StudentMixer
+from linearize.mixers import HeadInputs, HeadShapes, MixerState, Rope, StudentMixer
 
 Observer = Callable[["StudentAttention", HeadInputs, Tensor], None]
 """Called in teacher mode with the heads and the teacher's mixed values [B, T, H, V] before the output projection."""
@@ -63,10 +63,15 @@ class StudentAttention(nn.Module):
         projections = [self.get_submodule(name)(hidden_states) for name in self._projections()]
         heads = self._heads(hidden_states, projections, position_embeddings, padding_mask_BT, segments_BT)
         layer = None if past_key_values is None else student_layer(past_key_values, self.layer_idx)
-        mixed_BTHV, state = self.mixer(heads, None if layer is None else layer.state)
+        mixed_BTHV, state = self.mix(heads, None if layer is None else layer.state)
         if layer is not None:
             layer.write(state, hidden_states.shape[1])
         return self.get_submodule(self.family.output)(mixed_BTHV.flatten(2)), None
+
+    def mix(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        """The mixer in its own precision: autocast would round feature maps and running sums to bf16."""
+        with full_precision(heads.v_BTGV.device):
+            return self.mixer(heads, state)  # type: ignore[no-any-return]
 
     def _attend_as_teacher(
         self, arguments: dict[str, Any], padding_mask_BT: Tensor | None, segments_BT: Tensor | None
@@ -110,6 +115,11 @@ class StudentAttention(nn.Module):
             mask_BT=None if padding_mask_BT is None else padding_mask_BT[:, -length:].bool(),
             segments_BT=segments_BT,
         )
+
+
+def full_precision(device: torch.device) -> torch.autocast:
+    """A context without autocast."""
+    return torch.autocast(device.type, enabled=False)
 
 
 @contextmanager

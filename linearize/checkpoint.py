@@ -153,6 +153,20 @@ def list_checkpoints(out: Path) -> list[Path]:
     return sorted(found, key=_place)
 
 
+def refuse_used(out: Path) -> None:
+    """Refuse to start a run in a folder that holds another's checkpoints.
+
+    Raises:
+        RunError: there are some.
+    """
+    if list_checkpoints(out):
+        raise RunError(
+            "this folder already holds the checkpoints of a run.",
+            place=str(out),
+            remedy="Go on with `--resume`, or choose another output folder.",
+        )
+
+
 def remove_stale(out: Path) -> None:
     """Remove temporary folders that a killed process left; call it before the run's first save."""
     for path in checkpoints_folder(out).glob(f"{_TEMPORARY}*"):

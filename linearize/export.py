@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -32,16 +31,13 @@ __all__ = ["{config}", "{model}"]
 '''
 
 
-def export_student(
-    graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path, documents: dict[str, str]
-) -> None:
-    """Merge the adapters and write the student: weights, config, tokenizer, recipe, code stub, `documents`.
+def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
+    """Merge the adapters and write the student: weights, config, tokenizer, recipe, code stub and probe.
 
     Written aside first and moved into `folder` file by file, config.json last: a folder with a config.json is whole.
 
     Args:
         graft: the trained student; its adapters are merged into the base weights by this call.
-        documents: further text files by name, such as the model card and metrics.json.
 
     Raises:
         RunError: when the disk is full or the folder cannot be written.
@@ -56,8 +52,6 @@ def export_student(
         tokenizer.save_pretrained(aside)
         save_file(probe(graft.model), aside / PROBE_FILE)
         (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-        for name, text in documents.items():
-            (aside / name).write_text(text, encoding="utf-8")
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, folder / path.name)
     except OSError as error:
@@ -147,7 +141,3 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
         raise RunError(f"its weights do not fit its config: {json.dumps(wrong)[:500]}", place=str(folder))
     return model.eval().to(device)
 
-
-def metrics_document(metrics: dict[str, Any]) -> str:
-    """metrics.json as text."""
-    return json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"

@@ -83,8 +83,19 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def fetch_means(micro_batches: list[Mapping[str, Tensor]], grad_norm: Tensor) -> tuple[dict[str, float], str | None]:
-    """Bring the step's numbers to the CPU at once: means over its micro-batches, and what is not finite, if any."""
+def fetch_means(
+    micro_batches: list[Mapping[str, Tensor]], grad_norm: Tensor, first: int
+) -> tuple[dict[str, float], str | None]:
+    """Bring a step's numbers to the CPU, in one copy.
+
+    Args:
+        micro_batches: the scalar metrics of each micro-batch, `loss` among them.
+        grad_norm: scalar; where all numbers are gathered.
+        first: number of the first micro-batch within the stage.
+
+    Returns:
+        The means over the micro-batches and `grad_norm`; and which loss or norm is not finite, in words, or None.
+    """
     device = grad_norm.device
     tensors = [value for metrics in micro_batches for value in metrics.values()] + [grad_norm]
     flat = torch.stack([tensor.detach().to(device, torch.float32) for tensor in tensors]).tolist()
@@ -92,10 +103,12 @@ def fetch_means(micro_batches: list[Mapping[str, Tensor]], grad_norm: Tensor) ->
     numbers = iter(flat)
     fetched = [{name: next(numbers) for name in metrics} for metrics in micro_batches]
     means = {name: sum(metrics[name] for metrics in fetched) / len(fetched) for name in fetched[0]}
-    for offset, metrics in enumerate(fetched):
+    fault = (
+        None if math.isfinite(norm) else f"micro-batches {first} to {first + len(fetched) - 1}: gradient norm {norm}"
+    )
+    for index, metrics in reversed(list(enumerate(fetched, first))):
         if not math.isfinite(metrics["loss"]):
-            return means, f"the loss is {metrics['loss']} in micro-batch +{offset}"
-    fault = None if math.isfinite(norm) else f"the gradient norm is {norm} in micro-batches +0 to +{len(fetched) - 1}"
+            fault = f"micro-batch {index}: loss {metrics['loss']}"
     return means | {"grad_norm": norm}, fault
 
 

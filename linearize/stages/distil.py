@@ -12,7 +12,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from linearize.adapters import LoraSettings, add_lora, lora_off, lora_parameters
+from linearize.adapters import LoraSettings, add_lora, lora_layers, lora_off, lora_parameters
 from linearize.config import Number
 from linearize.losses import DistillationWeights, distillation_loss
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
@@ -48,6 +48,8 @@ class Distil:
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
         if config.lora is not None:
             add_lora(graft.model, config.lora)
+            for layer in lora_layers(graft.model):
+                layer.train()  # its dropout; the rest of the model stays in eval mode
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         mixers = self.graft.mixer_parameters() if self.config.train_mixers else {}

@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor, nn
 
-from linearize.attention import StudentAttention, teacher_rows
+from linearize.attention import StudentAttention, full_precision, teacher_rows
 from linearize.config import Number
 from linearize.losses import attention_cross_entropy, output_mse, relative_error
 from linearize.mixers import HeadInputs
@@ -76,14 +76,15 @@ class Transfer:
         """The layer's objective, and its relative error for the log."""
         weights = self.config.objective
         loss = torch.zeros((), device=teacher_BTHV.device)
-        mixed_BTHV, _ = student.mixer(heads)
+        mixed_BTHV, _ = student.mix(heads)
         error = relative_error(mixed_BTHV, teacher_BTHV)
         if weights.get("mse"):
             loss = loss + weights["mse"] * output_mse(mixed_BTHV, teacher_BTHV)
         if weights.get("relative_mse"):
             loss = loss + weights["relative_mse"] * error
         if weights.get("attention_ce"):
-            teacher = teacher_rows(heads, student.shapes.scaling)
-            rows = attention_cross_entropy(teacher, student.mixer.row_weights(heads), teacher_BTHV.shape[1])
+            with full_precision(teacher_BTHV.device):
+                teacher = teacher_rows(heads, student.shapes.scaling)
+                rows = attention_cross_entropy(teacher, student.mixer.row_weights(heads), teacher_BTHV.shape[1])
             loss = loss + weights["attention_ce"] * rows
         return loss, error

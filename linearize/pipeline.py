@@ -1,0 +1,310 @@
+"""convert(): the whole flow, from a teacher's name to a measured student on disk."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from linearize.card import CardFacts, model_card
+from linearize.adapters import lora_parameters
+from linearize.checkpoint import load_latest, seed_all
+from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
+from linearize.errors import DataError
+from linearize.evals.perplexity import perplexity
+from linearize.evals.samples import PROMPT, Sampling, generate_texts
+from linearize.export import export_student, load_student
+from linearize.machine import Machine, choose_machine, versions
+from linearize.metrics import MetricsLog, Progress
+from linearize.recipe import Recipe, load_recipe
+from linearize.run_folder import RunFolder, open_run_folder, write_json
+from linearize.stages import build_stage
+from linearize.surgery import Graft, graft, plan_surgery
+from linearize.teacher import Teacher, load_teacher
+from linearize.train import FitSettings, Run, fit
+
+POOLED = "held-out"
+"""The name of text that was kept aside from the training text, over all its sources."""
+
+
+EVAL_ROWS = {"cpu": 1, "cuda": 8}
+"""Windows that are read at one time when perplexity is measured."""
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What to convert, how, and where to: the options of `linearize convert`."""
+
+    model: str
+    recipe: str = "hedgehog"
+    out: str | Path = "out/student"
+    data: str | None = None
+    text_field: str | None = None
+    heldout: str | None = None
+    tokens: int | str | None = None
+    overrides: Sequence[str] = ()
+    device: str | None = None
+    resume: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A model on the held-out text: perplexity by source, and a greedy continuation of PROMPT."""
+
+    perplexity: dict[str, float]
+    sample: str
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What came of a conversion.
+
+    Attributes:
+        folder: the student, an ordinary Hugging Face folder.
+        length: tokens per held-out window.
+        teacher: measured before anything was changed.
+        untrained: perplexities of the student before its first step.
+        stages: of each stage its name, tokens, seconds, tokens per second, peak memory, and the perplexities after it.
+        student: measured after it was written to disk and loaded again.
+    """
+
+    folder: Path
+    length: int
+    teacher: Measured
+    untrained: dict[str, float]
+    stages: list[dict[str, Any]]
+    student: Measured
+
+
+def convert(job: Conversion, console: Console | None = None) -> Converted:
+    """Convert a teacher into a linear-attention student.
+
+    Raises:
+        LinearizeError: for all that the user can mend: a name, a recipe, text, a folder, a full disk, a diverged run.
+        RunInterrupted: after SIGINT or SIGTERM; a checkpoint was saved.
+    """
+    console = console or Console(stderr=True)
+    recipe = load_recipe(job.recipe, job.overrides, job.tokens)
+    with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
+        machine = _machine(job, recipe, folder)
+        console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
+        teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
+        console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
+        plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+        corpus = _corpus(job, recipe, teacher, console)
+        heldout, length = _heldout(job, recipe, teacher, corpus)
+        facts = _facts(job, recipe, machine, teacher, corpus)
+        folder.begin(facts)
+
+        before = Measured(**folder.once("teacher", lambda: asdict(_measure(teacher.model, teacher, heldout, length))))
+        seed_all(recipe.seed, len(recipe.stages))  # mixers that start at random start the same in every run
+        grafted = graft(teacher.model, plan)
+        console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.", highlight=False)
+        evaluate = partial(_perplexities, grafted.model, heldout, length)
+        untrained = folder.once("untrained", evaluate)
+        stages = _train(grafted, recipe, corpus, evaluate, folder, console)
+
+        export_student(grafted, teacher.tokenizer, recipe, folder.student)
+        reloaded = load_student(folder.student, device=str(machine.device))
+        after = _measure(reloaded, teacher, heldout, length)
+        result = Converted(folder.student, length, before, untrained, stages, after)
+        _document(recipe, facts, result, folder)
+    return result
+
+
+def _machine(job: Conversion, recipe: Recipe, folder: RunFolder) -> Machine:
+    """The machine; a resumed run keeps the precision it began with."""
+    began = folder.facts().get("precision")
+    return choose_machine(job.device, began or recipe.precision)
+
+
+def _corpus(job: Conversion, recipe: Recipe, teacher: Teacher, console: Console) -> Corpus:
+    if job.data is None:
+        documents, said = default_documents(recipe.data)
+        console.print(said, highlight=False)
+    else:
+        documents = open_documents(job.data, job.text_field)
+        console.print(f"Training text: {documents.name}.", highlight=False)
+    with console.status("Reading and tokenising") as status:
+        corpus = build_corpus(
+            documents,
+            teacher.tokenizer,
+            train_tokens=recipe.tokens,
+            heldout_tokens=recipe.heldout_tokens,
+            seed=recipe.seed,
+            progress=lambda done, total: status.update(f"Tokenising: {done:,} of {total:,}"),
+        )
+    if corpus.epochs > 1:
+        console.print(f"The text is used {corpus.epochs:.1f} times: it has fewer tokens than the budget.")
+    return corpus
+
+
+def _heldout(
+    job: Conversion, recipe: Recipe, teacher: Teacher, corpus: Corpus
+) -> tuple[dict[str, np.ndarray], int]:
+    """Held-out tokens by source, and the length of the windows they are read in.
+
+    Raises:
+        DataError: when there is no held-out text at all.
+    """
+    if job.heldout is not None:
+        found = heldout_from(job.heldout, job.text_field, teacher.tokenizer, recipe.heldout_tokens)
+    else:
+        found = {POOLED: np.concatenate([np.empty(0, np.int32), *corpus.heldout.values()])}
+    length = min([*(stage.length for stage in recipe.stages), max(tokens.size for tokens in found.values())])
+    if length < 2:
+        raise DataError(
+            "leaves no text aside to measure on", place=corpus.name, remedy="Give more text, or a file with --heldout."
+        )
+    return {source: tokens for source, tokens in found.items() if tokens.size >= length}, length
+
+
+def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, corpus: Corpus) -> dict[str, Any]:
+    """What a reader needs to judge or repeat the run; goes to run.json and metrics.json."""
+    return {
+        "model": job.model,
+        "teacher": {
+            "name": teacher.model.config.name_or_path,
+            "origin": teacher.origin,
+            "revision": teacher.revision,
+            "sha256": teacher.sha256,
+            "license": teacher.license,
+            "attention": teacher.attention,
+        },
+        "recipe": recipe.name,
+        "recipe_hash": recipe.digest(),
+        "text": {"name": corpus.name, "fingerprint": corpus.fingerprint, "epochs": corpus.epochs},
+        "device": machine.name,
+        "precision": machine.precision,
+        "seed": recipe.seed,
+        "versions": versions(),
+        "command": _command(job),
+    }
+
+
+def _command(job: Conversion) -> str:
+    """The command line that repeats this conversion."""
+    words = ["linearize", "convert", "--model", job.model, "--recipe", job.recipe]
+    options = {"--data": job.data, "--text-field": job.text_field, "--heldout": job.heldout, "--tokens": job.tokens}
+    for name, value in options.items():
+        words += [] if value is None else [name, str(value)]
+    for override in job.overrides:
+        words += ["--set", override]
+    return shlex.join([*words, "--out", str(job.out)])
+
+
+def _train(
+    grafted: Graft,
+    recipe: Recipe,
+    corpus: Corpus,
+    evaluate: Callable[[], Mapping[str, float]],
+    folder: RunFolder,
+    console: Console,
+) -> list[dict[str, Any]]:
+    """Run every stage, or what is left of them; what each came to."""
+    checkpoint = load_latest(folder.run)
+    first = 0 if checkpoint is None else checkpoint.state.stage_index
+    with MetricsLog(folder.run / "metrics.jsonl") as metrics:
+        for index, config in enumerate(recipe.stages):
+            seed_all(recipe.seed, len(recipe.stages) + 1 + index)  # adapters that start at random, likewise
+            stage = build_stage(config, grafted)
+            if index < first:
+                continue
+            grafted.model.requires_grad_(False)
+            run = Run(
+                out=folder.run,
+                stage_index=index,
+                student=student_parameters(grafted),
+                checkpoint=checkpoint if index == first else None,
+                metrics=metrics,
+                progress=Progress(console),
+                seed=recipe.seed,
+                recipe_hash=recipe.digest(),
+                corpus_fingerprint=corpus.fingerprint,
+            )
+            every = max(1, config.steps // recipe.evaluations)
+            settings = FitSettings(evaluate=evaluate, eval_every_steps=every, mixed_precision=_mixed(grafted.model))
+            result = fit(stage, _batches(corpus, recipe, index), run, settings)
+            folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})
+    grafted.model.requires_grad_(False)
+    return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
+
+
+def student_parameters(grafted: Graft) -> dict[str, torch.nn.Parameter]:
+    """All that a student has beside its teacher's weights: what checkpoints hold."""
+    return {**grafted.mixer_parameters(), **lora_parameters(grafted.model)}
+
+
+def _mixed(model: PreTrainedModel) -> Literal["no", "bf16"]:
+    return "bf16" if model.dtype == torch.bfloat16 else "no"
+
+
+def _batches(corpus: Corpus, recipe: Recipe, index: int) -> PackedRows:
+    """The part of the corpus that stage number `index` reads; no two stages read the same tokens."""
+    config = recipe.stages[index]
+    return PackedRows(
+        corpus,
+        length=config.length,
+        rows=min(config.micro_batch, config.batch),
+        first_token=sum(stage.tokens for stage in recipe.stages[:index]),
+        tokens=config.tokens,
+        seed=recipe.seed + index,
+    )
+
+
+def _perplexities(model: PreTrainedModel, heldout: Mapping[str, np.ndarray], length: int) -> dict[str, float]:
+    """Perplexity by source."""
+    rows = EVAL_ROWS[model.device.type]
+    return {
+        source: perplexity(model, tokens, length=length, max_tokens=tokens.size, batch_rows=rows).perplexity
+        for source, tokens in heldout.items()
+    }
+
+
+def _measure(model: PreTrainedModel, teacher: Teacher, heldout: Mapping[str, np.ndarray], length: int) -> Measured:
+    (sample,) = generate_texts(model, teacher.tokenizer, [PROMPT], Sampling())
+    return Measured(_perplexities(model, heldout, length), sample)
+
+
+def _document(recipe: Recipe, facts: dict[str, Any], result: Converted, folder: RunFolder) -> None:
+    """Write metrics.json and the model card beside the weights."""
+    before, after = result.teacher.perplexity, result.student.perplexity
+    table = [
+        {
+            "source": source,
+            "length": result.length,
+            "teacher": before[source],
+            "student": after[source],
+            "ratio": after[source] / before[source],
+        }
+        for source in before
+    ]
+    metrics = {
+        **facts,
+        "perplexity": table,
+        "untrained": result.untrained,
+        "stages": result.stages,
+        "samples": {"prompt": PROMPT, "teacher": result.teacher.sample, "student": result.student.sample},
+    }
+    write_json(folder.student / "metrics.json", metrics)
+    card = CardFacts(
+        teacher=facts["teacher"]["name"],
+        teacher_origin=facts["teacher"]["origin"],
+        license=facts["teacher"]["license"],
+        text=facts["text"]["name"],
+        device=facts["device"],
+        seconds=sum(stage["seconds"] for stage in result.stages),
+        perplexity=table,
+        versions=facts["versions"],
+        command=facts["command"],
+    )
+    (folder.student / "README.md").write_text(model_card(recipe, card), encoding="utf-8")

@@ -1,0 +1,146 @@
+"""The output folder: the student at its top, the run that made it under `run/`."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linearize.errors import RunError
+
+
+SAME = ("model", "recipe_hash", "text", "seed")
+"""Facts that a resumed run must share with the run it goes on with."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where a conversion writes."""
+
+    student: Path  # the Hugging Face folder
+
+    @property
+    def run(self) -> Path:
+        """Checkpoints, metrics.jsonl, run.json and results.json."""
+        return self.student / "run"
+
+    @property
+    def facts_file(self) -> Path:
+        return self.run / "run.json"
+
+    @property
+    def results_file(self) -> Path:
+        return self.run / "results.json"
+
+    def facts(self) -> dict[str, Any]:
+        """What the run began with; empty before it did."""
+        return _read_json(self.facts_file)
+
+    def results(self) -> dict[str, Any]:
+        """What was measured so far, by name."""
+        return _read_json(self.results_file)
+
+    def begin(self, facts: dict[str, Any]) -> None:
+        """Note what the run begins with, or check that a resumed one goes on with the same.
+
+        Raises:
+            RunError: naming every difference.
+        """
+        began = self.facts()
+        different = [f"{name} (was {began[name]!r}, is {facts[name]!r})" for name in SAME if began and (
+            began[name] != facts[name])]
+        if different:
+            raise RunError(
+                "this run began with another " + " and another ".join(different),
+                place=str(self.run),
+                remedy="Repeat its own command with --resume (run.json holds it), or choose another --out.",
+            )
+        if not began:
+            write_json(self.facts_file, facts)
+
+    def record(self, name: str, value: Any) -> None:
+        """Add a result, or replace it."""
+        write_json(self.results_file, {**self.results(), name: value})
+
+    def once(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The result of that name; measured now if no earlier part of the run did."""
+        if name not in self.results():
+            self.record(name, measure())
+        return self.results()[name]
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        RunError: when it cannot be written.
+    """
+    aside = path.with_name(f".{path.name}.tmp")
+    try:
+        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+    except OSError as error:
+        raise RunError(f"cannot be written: {error.strerror or error}", place=str(path)) from None
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot be read: {error}", place=str(path)) from None
+    return found
+
+
+@contextmanager
+def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """Create the folder, or check that it may be used; hold it for this process alone until the block ends.
+
+    Raises:
+        RunError: another process runs in it; it holds files and neither `resume` nor `overwrite` is set; `overwrite`
+            would delete something that is no run of ours; `resume` finds no run; or it cannot be written.
+    """
+    out = Path(out).absolute()
+    folder = RunFolder(out)
+    if resume and overwrite:
+        raise RunError("--resume and --overwrite contradict each other", place=str(out))
+    try:
+        used = folder.student.is_file() or any(path.is_file() and path.name != ".lock" for path in out.rglob("*"))
+        if resume and not folder.facts_file.is_file():
+            raise RunError(
+                "there is no run to go on with", place=str(out), remedy="Leave out --resume to start one there."
+            )
+        if used and not resume:
+            _clear(folder, overwrite)
+        folder.run.mkdir(parents=True, exist_ok=True)
+        lock = (folder.run / ".lock").open("w")
+    except OSError as error:
+        raise RunError(f"cannot be written: {error.strerror or error}", place=str(out)) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise RunError("another process is running in this folder", place=str(out)) from None
+        yield folder
+
+
+def _clear(folder: RunFolder, overwrite: bool) -> None:
+    """Delete a former run that may be overwritten."""
+    ours = folder.student.is_dir() and folder.facts_file.is_file()
+    if not overwrite:
+        remedy = "Choose another --out, delete it with --overwrite" + (", or go on with --resume." if ours else ".")
+        raise RunError("exists already and is not empty", place=str(folder.student), remedy=remedy)
+    if not ours:
+        raise RunError(
+            "holds something that no linearize run has written; --overwrite would delete it",
+            place=str(folder.student),
+            remedy="Choose another --out, or delete it yourself.",
+        )
+    shutil.rmtree(folder.student)

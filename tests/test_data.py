@@ -1,0 +1,526 @@
+"""Text sources, the corpus and packing. No network: the Hub is a stand-in or refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+import linearize.data.corpus as corpus_module
+from linearize.data import (
+    Corpus,
+    Documents,
+    PackedRows,
+    build_corpus,
+    builtin_documents,
+    default_documents,
+    heldout_from,
+    open_documents,
+    sources,
+)
+from linearize.errors import DataError
+from linearize.stages.base import Batch
+
+EOS = "<eos>"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level without merges: a token a byte, so that decoding gives the text back; EOS is token 0."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([EOS, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=EOS)
+
+
+def spell(tokenizer: PreTrainedTokenizerFast, tokens: np.ndarray) -> list[str]:
+    """The documents that tokens spell; a last one that the budget cut is there too."""
+    table = {character: byte for byte, character in _byte_characters().items()}
+    vocabulary = {index: token for token, index in tokenizer.get_vocab().items()}
+    ends = np.flatnonzero(tokens == tokenizer.eos_token_id)
+    parts = np.split(tokens, ends + 1)
+    return [
+        bytes(table[vocabulary[i]] for i in part.tolist() if i).decode("utf-8", "replace")
+        for part in parts
+        if part.size
+    ]
+
+
+def _byte_characters() -> dict[int, str]:
+    """GPT-2's printable stand-ins for bytes."""
+    kept = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    moved = [byte for byte in range(256) if byte not in kept]
+    return {**{byte: chr(byte) for byte in kept}, **{byte: chr(256 + i) for i, byte in enumerate(moved)}}
+
+
+def texts_as_documents(texts: list[str], source: str = "s", streamed: bool = False) -> Documents:
+    entries = [(source, text) for text in texts]
+    return Documents("texts", "fingerprint", lambda seed: iter(sources._ordered(entries, seed)), streamed)
+
+
+def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
+    pq.write_table(pa.table(columns), path)
+    return path
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_format_gives_source_and_text(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "a.parquet", {"source": ["wiki", None], "text": ["one", "two"]})
+    lines = "\n".join(
+        [json.dumps({"text": "thrée\u2028x"}), "", json.dumps({"text": None}), json.dumps({"text": "four"})]
+    )
+    (tmp_path / "b.jsonl").write_text(lines, encoding="utf-8")
+    (tmp_path / "c.jsonl.gz").write_bytes(gzip.compress(b'{"text": "five", "source": "zip"}\n'))
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "d.md").write_bytes(b"\xef\xbb\xbf# six")
+    (tmp_path / "e.txt").write_text("seven")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "ignored.bin").write_bytes(b"\xff")
+    (tmp_path / ".hidden.txt").write_text("no")
+    documents = open_documents(str(tmp_path), None)
+    expected = [
+        ("wiki", "one"),
+        ("a", "two"),
+        ("b", "thrée\u2028x"),
+        ("b", "four"),
+        ("zip", "five"),
+        ("d", "# six"),
+        ("e", "seven"),
+    ]
+    assert list(documents) == expected
+    assert list(documents.read(3)) == list(documents.read(3))
+    assert sorted(documents.read(3)) == sorted(expected)
+    assert not documents.streamed
+
+
+def test_fingerprint_follows_contents(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    first = open_documents(str(path), None).fingerprint
+    assert open_documents(str(path), None).fingerprint == first
+    path.write_text("two")
+    assert open_documents(str(path), None).fingerprint != first
+
+
+def test_text_field(tmp_path: Path) -> None:
+    only = write_parquet(tmp_path / "only.parquet", {"source": ["s"], "body": ["one"], "n": [1]})
+    assert list(open_documents(str(only), None)) == [("s", "one")]
+    two = write_parquet(tmp_path / "two.parquet", {"question": ["q"], "answer": ["a"], "n": [1]})
+    with pytest.raises(DataError, match=r"two\.parquet: no column 'text' and 2 .* columns: question, answer, n"):
+        open_documents(str(two), None)
+    assert list(open_documents(str(two), "answer")) == [("two", "a")]
+    dictionary = pa.table({"text": pa.array(["x", "x"]).dictionary_encode()})
+    pq.write_table(dictionary, tmp_path / "dictionary.parquet")
+    assert list(open_documents(str(tmp_path / "dictionary.parquet"), None)) == [("dictionary", "x")] * 2
+
+
+BAD_FILES = {
+    "empty.txt": (b"", None, r"empty\.txt: empty"),
+    "empty.jsonl": (b"", None, r"empty\.jsonl: empty"),
+    "empty.parquet": (b"", None, r"empty\.parquet: cannot be read as parquet"),
+    "corrupt.parquet": (b"PAR1 nothing PAR1", None, r"corrupt\.parquet: cannot be read as parquet"),
+    "latin.txt": (b"ab\xe9 c", None, r"latin\.txt: not UTF-8 text: byte 0xe9 at byte 2"),
+    "latin.md": (b"\xff\xfea", None, r"latin\.md: .* at byte 0"),
+    "zero.txt": ("é\0b".encode(), None, r"zero\.txt: a zero byte at byte 2"),
+    "latin.jsonl": (b'{"text": "\xe9"}', None, r"latin\.jsonl: not UTF-8 text: .* at byte 10"),
+    "cut.jsonl": (b'{"text": "a"}\n{"text": ', None, r"cut\.jsonl, line 2: not JSON"),
+    "list.jsonl": (b'["a"]', None, r"list\.jsonl, line 1: got a JSON list"),
+    "number.jsonl": (b'{"text": "a"}\n\n{"text": 3}', None, r"number\.jsonl, line 3: column 'text' holds a int"),
+    "lacks.jsonl": (b'{"text": "a"}\n{"body": "b"}', None, r"lacks\.jsonl, line 2: no column 'text'; columns: body"),
+    "surrogate.jsonl": (b'{"text": "a\\ud800"}', None, r"surrogate\.jsonl, line 1: .* at character 1"),
+    "column.jsonl": (b'{"text": "a"}', "body", r"column\.jsonl, line 1: no column 'body'; columns: text"),
+    "cut.jsonl.gz": (gzip.compress(b'{"text": "a"}')[:-9], None, r"cut\.jsonl\.gz: cannot be decompressed"),
+    "plain.jsonl.gz": (b'{"text": "a"}', None, r"plain\.jsonl\.gz: cannot be decompressed"),
+    "table.csv": (b"text\na\n", None, r"table\.csv: unsupported suffix '\.csv'; supported: \.parquet"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_file_is_refused_with_its_place(tmp_path: Path, name: str) -> None:
+    raw, text_field, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(DataError, match=message) as caught:
+        open_documents(str(tmp_path / name), text_field)
+    assert caught.value.remedy
+
+
+def test_bad_parquet_columns(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a.parquet", {"text": ["a"], "n": [1]})
+    with pytest.raises(DataError, match=r"a\.parquet: no column 'body'; columns: text, n"):
+        open_documents(str(path), "body")
+    with pytest.raises(DataError, match=r"a\.parquet: column 'n' does not hold text; columns with text: text"):
+        open_documents(str(path), "n")
+    nulls = write_parquet(tmp_path / "nulls.parquet", {"text": pa.array([None, " "], pa.string())})
+    with pytest.raises(DataError, match=r"nulls\.parquet: empty"):
+        open_documents(str(nulls), None)
+    broken = pa.array([b"ok", b"\xff"]).view(pa.string())
+    path = write_parquet(tmp_path / "bytes.parquet", {"text": broken})
+    with pytest.raises(DataError, match=r"bytes\.parquet, column 'text': not UTF-8 text"):
+        open_documents(str(path), None)
+
+
+def test_missing_and_unreadable_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.txt: no such file or folder"):
+        open_documents(str(tmp_path / "nothing.txt"), None)
+    with pytest.raises(DataError, match=r"no file here can be read; supported: \.parquet"):
+        open_documents(str(tmp_path), None)
+
+
+# --- the Hub ---------------------------------------------------------------------------------------------------------
+
+
+class FakeHub:
+    """Stands in for the two calls that reach the Hub."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, object]]) -> None:
+        self.calls: list[tuple[object, ...]] = []
+        monkeypatch.setattr(sources, "_probe", lambda hub_id: "r3v1s10n")
+
+        def load_dataset(path: str, name: str | None, *, split: str, revision: str, streaming: bool) -> object:
+            self.calls.append((path, name, split, revision, streaming))
+            return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+
+
+def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"text": f"document {i}", "n": i} for i in range(20)]
+    hub = FakeHub(monkeypatch, [*rows, {"text": None, "n": 20}])
+    documents = open_documents("someone/books:english", None)
+    assert hub.calls == [("someone/books", "english", "train", "r3v1s10n", True)]
+    assert documents.fingerprint == "someone/books:english@r3v1s10n:text"
+    assert documents.streamed
+    assert list(documents) == [("books", row["text"]) for row in rows]
+    assert list(documents.read(1)) == list(documents.read(1)) != list(documents)
+    chosen, why = default_documents("someone/books")
+    assert chosen.name == "someone/books"
+    assert "the recipe's default" in why
+
+
+def refuse(hub_id: str) -> str:
+    raise sources._hub_error(hub_id, ConnectionError("no route"))
+
+
+def test_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "_probe", refuse)
+    message = r"someone/books: no such file or folder, and as a Hub .*ConnectionError: no route.*--data"
+    with pytest.raises(DataError, match=message):
+        open_documents("someone/books", None)
+    documents, why = default_documents("someone/books")
+    assert documents.name.startswith("documentation and sources of Python")
+    assert "someone/books" in why
+    assert "no route" in why
+    documents, why = default_documents(None)
+    assert "names no data set" in why
+
+
+def test_hub_breaks_while_reading(monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows():
+        yield {"text": "one"}
+        raise OSError("reset by peer")
+
+    monkeypatch.setattr(sources, "_probe", lambda hub_id: "r")
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *a, split, revision, streaming: datasets.IterableDataset.from_generator(rows)
+    )
+    documents = open_documents("someone/books", None)
+    with pytest.raises(DataError, match=r"someone/books: cannot be read from the Hub .*reset by peer"):
+        list(documents)
+
+
+def test_offline_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(DataError, match="HF_HUB_OFFLINE"):
+        open_documents("someone/books", None)
+
+
+# --- builtin ---------------------------------------------------------------------------------------------------------
+
+
+def test_builtin_documents(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = builtin_documents()
+    assert documents.fingerprint == builtin_documents().fingerprint
+    assert {source for source, _ in documents} == {"python_docs", "python_source"}
+    corpus = build_corpus(documents, tokenizer, train_tokens=100_000, heldout_tokens=20_000, seed=0, progress=None)
+    assert corpus.tokens.size == 100_000
+    assert sum(tokens.size for tokens in corpus.heldout.values()) == 20_000
+
+
+# --- the corpus ------------------------------------------------------------------------------------------------------
+
+
+def test_corpus_spells_its_documents(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [f"document {i}: " + "ab é\n" * (i % 7) for i in range(1000)]
+    documents = texts_as_documents(texts)
+    reports: list[tuple[int, int]] = []
+    corpus = build_corpus(
+        documents, tokenizer, train_tokens=5000, heldout_tokens=100, seed=1, progress=lambda *r: reports.append(r)
+    )
+    assert corpus.tokens.dtype == np.int32
+    assert corpus.tokens.size == 5000
+    assert corpus.epochs == 1.0
+    spelt = spell(tokenizer, corpus.tokens)
+    assert set(spelt[:-1]) <= set(texts)
+    ends = np.flatnonzero(corpus.tokens[:-1] == 0)
+    assert corpus.document_starts.tolist() == [0, *(ends + 1)]
+    assert reports[-1] == (5000, 5000)
+    assert reports == sorted(reports)
+
+
+def test_corpus_is_the_same_for_the_same_seed(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = texts_as_documents([f"document {i} {'x' * (i % 40)}" for i in range(900)])
+
+    def build(seed: int, train_tokens: int = 4000) -> Corpus:
+        return build_corpus(
+            documents, tokenizer, train_tokens=train_tokens, heldout_tokens=50, seed=seed, progress=None
+        )
+
+    first, again, other = build(0), build(0), build(1)
+    assert np.array_equal(first.tokens, again.tokens)
+    assert first.fingerprint == again.fingerprint
+    assert not np.array_equal(first.tokens, other.tokens)
+    assert len({first.fingerprint, other.fingerprint, build(0, 4001).fingerprint}) == 3
+    assert np.array_equal(build(0, 6000).tokens[:4000], first.tokens)  # a larger budget goes on where a smaller ended
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 99), copies=st.integers(1, 3), budget=st.sampled_from([3_000, 60_000]))
+def test_heldout_never_trains(tokenizer: PreTrainedTokenizerFast, seed: int, copies: int, budget: int) -> None:
+    texts = [f"text number {i}, {i * i}" for i in range(1200)] * copies
+    corpus = build_corpus(
+        texts_as_documents(texts), tokenizer, train_tokens=budget, heldout_tokens=300, seed=seed, progress=None
+    )
+    held = spell(tokenizer, corpus.heldout["s"])
+    trained = set(spell(tokenizer, corpus.tokens)[:-1])  # the budget cuts the last one
+    assert len(held) == len(set(held)) > 5
+    assert set(held[:-1]) <= set(texts)
+    assert not set(held[:-1]) & trained
+    assert sum(part.size for part in corpus.heldout.values()) <= 300
+
+
+def test_sides_do_not_depend_on_seed_or_budget(tokenizer: PreTrainedTokenizerFast) -> None:
+    documents = texts_as_documents([f"text number {i}, {i * i}" for i in range(2000)])
+    held: set[str] = set()
+    trained: set[str] = set()
+    for seed, budget in ((0, 1000), (1, 20_000), (2, 60_000)):
+        corpus = build_corpus(
+            documents, tokenizer, train_tokens=budget, heldout_tokens=10_000, seed=seed, progress=None
+        )
+        held |= set(spell(tokenizer, corpus.heldout["s"]))
+        trained |= set(spell(tokenizer, corpus.tokens)[:-1])
+    assert 20 <= len(held) <= 60  # 2 % of 2,000
+    assert not held & trained
+
+
+def test_few_documents_are_cut_at_their_end(tokenizer: PreTrainedTokenizerFast) -> None:
+    text = " ".join(f"word{i}" for i in range(2000))
+    documents = texts_as_documents([text, text])  # the copy must not bring the end back
+    corpus = build_corpus(
+        documents, tokenizer, train_tokens=4 * len(text), heldout_tokens=10_000, seed=0, progress=None
+    )
+    (held,) = spell(tokenizer, corpus.heldout["s"])
+    assert text.endswith(held)
+    assert 0.045 < len(held) / len(text) < 0.055
+    kept = text[: -len(held)]
+    assert set(spell(tokenizer, corpus.tokens)[:-1]) == {kept}
+    assert corpus.epochs == pytest.approx(4 * len(text) / (2 * (len(kept) + 1)))
+
+
+def test_a_short_text_is_repeated_in_new_orders(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [chr(97 + i) * (i + 1) for i in range(10)]
+    corpus = build_corpus(
+        texts_as_documents(texts), tokenizer, train_tokens=1000, heldout_tokens=0, seed=0, progress=None
+    )
+    size = round(1000 / corpus.epochs)
+    assert corpus.epochs > 10
+    spelt = spell(tokenizer, corpus.tokens)
+    passes = [spelt[i : i + 10] for i in range(0, 100, 10)]
+    assert all(sorted(one) == sorted(passes[0]) for one in passes)
+    assert len({tuple(one) for one in passes}) > 5
+    ends = np.flatnonzero(corpus.tokens[:-1] == 0)
+    assert corpus.document_starts.tolist() == [0, *(ends + 1)]
+    with pytest.raises(DataError, match=rf"texts: the text has {size} tokens, less than one row of 100"):
+        PackedRows(corpus, length=100, rows=1, first_token=0, tokens=1000, seed=0)
+
+
+def test_long_documents_are_cut_in_pieces_without_a_trace(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "_PIECE", 50)
+    monkeypatch.setattr(corpus_module, "_BATCH", 120)
+    texts = [f"{i} " + "some words, é and more.\n\n" * i for i in range(1, 12)] + ["x" * 333]
+    corpus = build_corpus(
+        texts_as_documents([*texts, *map(str, range(600))]),
+        tokenizer,
+        train_tokens=20_000,
+        heldout_tokens=0,
+        seed=0,
+        progress=None,
+    )
+    assert set(texts) <= set(spell(tokenizer, corpus.tokens))
+
+
+def test_streams_end_the_search_for_heldout_text(
+    tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(corpus_module, "_SCAN", 10_000)
+    read = 0
+
+    def endless(seed: int | None):
+        nonlocal read
+        while True:
+            read += 1
+            yield "s", f"text number {read}"
+
+    documents = Documents("stream", "f", endless, streamed=True)
+    build_corpus(documents, tokenizer, train_tokens=1000, heldout_tokens=10**9, seed=0, progress=None)
+    assert 500 < read < 2000
+
+
+def test_unusable_text_and_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(DataError, match="texts: holds no text to train on"):
+        build_corpus(texts_as_documents([]), tokenizer, train_tokens=10, heldout_tokens=0, seed=0, progress=None)
+    bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    with pytest.raises(DataError, match="tokenizer: has no end-of-text token"):
+        build_corpus(texts_as_documents(["a"]), bare, train_tokens=10, heldout_tokens=0, seed=0, progress=None)
+
+
+def test_heldout_from(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = write_parquet(
+        tmp_path / "h.parquet", {"source": ["a", "b", "a", "a"], "text": ["one", "long " * 50, "two", "three"]}
+    )
+    heldout = heldout_from(str(path), None, tokenizer, 10)
+    assert {source: spell(tokenizer, tokens) for source, tokens in heldout.items()} == {
+        "a": ["one", "two", "th"],
+        "b": ["long long "],
+    }
+    with pytest.raises(DataError, match="no such file"):
+        heldout_from(str(tmp_path / "none.txt"), None, tokenizer, 10)
+
+
+# --- packing ---------------------------------------------------------------------------------------------------------
+
+
+def corpus_of(lengths: list[int]) -> Corpus:
+    """Token i is the number i, so that a batch tells where its tokens come from."""
+    size = sum(lengths)
+    starts = np.cumsum([0, *lengths[:-1]], dtype=np.int64)
+    return Corpus("numbers", "f", np.arange(size, dtype=np.int32), starts, 1.0, {})
+
+
+def expected_batch(corpus: Corpus, ids_BT: np.ndarray) -> tuple[list[list[int]], list[list[int]], list[list[bool]]]:
+    """Positions, segments and targets, a token at a time."""
+    starts = set(corpus.document_starts.tolist())
+    positions: list[list[int]] = []
+    segments: list[list[int]] = []
+    targets: list[list[bool]] = []
+    for row in ids_BT.tolist():
+        position, segment = -1, 0
+        positions.append([])
+        segments.append([])
+        for column, token in enumerate(row):
+            opens = column > 0 and token in starts
+            position, segment = (0, segment + 1) if opens else (position + 1, segment)
+            positions[-1].append(position)
+            segments[-1].append(segment)
+        targets.append([a == b for a, b in zip(segments[-1], [*segments[-1][1:], -1], strict=True)])
+    return positions, segments, targets
+
+
+def same(left: Batch, right: Batch) -> bool:
+    if left.segments_BT is None or right.segments_BT is None:
+        segments = left.segments_BT is right.segments_BT
+    else:
+        segments = torch.equal(left.segments_BT, right.segments_BT)
+    return (
+        segments
+        and torch.equal(left.input_ids_BT, right.input_ids_BT)
+        and torch.equal(left.position_ids_BT, right.position_ids_BT)
+        and torch.equal(left.target_mask_BT, right.target_mask_BT)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=30),
+    length=st.integers(2, 12),
+    rows=st.integers(1, 4),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_packing(lengths: list[int], length: int, rows: int, seed: int, data: st.DataObject) -> None:
+    needed = length * rows
+    lengths = [*lengths, needed]  # enough for one micro-batch
+    corpus = corpus_of(lengths)
+    first_token = data.draw(st.integers(0, corpus.tokens.size - needed))
+    tokens = data.draw(st.integers(needed, corpus.tokens.size - first_token))
+    packed = PackedRows(corpus, length=length, rows=rows, first_token=first_token, tokens=tokens, seed=seed)
+    assert len(packed) == tokens // length // rows
+    batches = list(packed)
+    assert len(batches) == len(packed)
+
+    seen = torch.cat([batch.input_ids_BT.flatten() for batch in batches]).numpy()
+    assert np.unique(seen).size == seen.size  # nothing twice
+    assert seen.min() >= first_token
+    assert seen.max() < first_token + tokens
+    assert tokens - seen.size < length + needed  # nothing lost but an unfilled row and an unfilled micro-batch
+
+    for batch in batches:
+        assert batch.input_ids_BT.shape == (rows, length)
+        positions, segments, targets = expected_batch(corpus, batch.input_ids_BT.numpy())
+        assert batch.position_ids_BT.tolist() == positions
+        assert batch.target_mask_BT.tolist() == targets
+        if batch.segments_BT is None:
+            assert not np.any(segments)
+        else:
+            assert batch.segments_BT.tolist() == segments
+
+    again = PackedRows(corpus, length=length, rows=rows, first_token=first_token, tokens=tokens, seed=seed)
+    index = data.draw(st.integers(0, len(packed) - 1))
+    assert same(again[index], batches[index])  # random access = in order, same seed = same order
+
+
+def test_every_token_once_when_rows_fit() -> None:
+    packed = PackedRows(corpus_of([7, 93, 60]), length=8, rows=2, first_token=0, tokens=160, seed=3)
+    seen = torch.cat([batch.input_ids_BT.flatten() for batch in packed])
+    assert sorted(seen.tolist()) == list(range(160))
+    assert seen.tolist() != list(range(160))
+    other = PackedRows(corpus_of([7, 93, 60]), length=8, rows=2, first_token=0, tokens=160, seed=4)
+    assert not torch.equal(other[0].input_ids_BT, packed[0].input_ids_BT)
+    assert same(packed[-1], packed[len(packed) - 1])
+    with pytest.raises(IndexError):
+        packed[len(packed)]
+
+
+def test_no_segments_without_an_inner_boundary() -> None:
+    packed = PackedRows(corpus_of([8, 8, 16]), length=8, rows=4, first_token=0, tokens=32, seed=0)
+    (batch,) = packed
+    assert batch.segments_BT is None
+    assert batch.position_ids_BT.tolist() == [list(range(8))] * 4
+    assert batch.target_mask_BT[:, :-1].all()
+    assert not batch.target_mask_BT[:, -1].any()
+    assert batch.input_ids_BT.dtype == batch.position_ids_BT.dtype == torch.int64
+
+
+def test_too_little_text_to_pack() -> None:
+    corpus = corpus_of([50])
+    with pytest.raises(DataError, match=r"numbers: 31 tokens, .* 4 rows x 8 tokens needs 32.*--set stages\.N\.length"):
+        PackedRows(corpus, length=8, rows=4, first_token=0, tokens=31, seed=0)
+    with pytest.raises(DataError, match=r"numbers: 50 tokens, but tokens 20 to 52 are asked for"):
+        PackedRows(corpus, length=8, rows=4, first_token=20, tokens=32, seed=0)
