@@ -45,6 +45,10 @@ class NonFiniteLossError(RunError):
     """The loss became NaN or infinite; training stopped before the optimiser step."""
 
 
+class RunInterrupted(Exception):
+    """The user stopped the run; a checkpoint was saved first. Not an error: the message says how to go on."""
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     """Say that `name` is no `kind`, list the known ones and propose the nearest.
 

@@ -48,7 +48,9 @@ def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     try:
         aside.mkdir(parents=True)
         student = _as_student(graft, recipe)
-        _quietly_save(student, aside)
+        save_model(student, aside)
+        code = _REMOTE_CODE.format(config=type(student.config).__name__, model=type(student).__name__)
+        (aside / "modeling_linearized.py").write_text(code)
         tokenizer.save_pretrained(aside)
         save_file(probe(graft.model), aside / PROBE_FILE)
         (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -82,7 +84,8 @@ def _as_student(graft: Graft, recipe: Recipe) -> PreTrainedModel:
     return student
 
 
-def _quietly_save(student: PreTrainedModel, folder: Path) -> None:
+def save_model(student: PreTrainedModel, folder: Path) -> None:
+    """`save_pretrained` without a progress bar."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -90,8 +93,6 @@ def _quietly_save(student: PreTrainedModel, folder: Path) -> None:
     finally:
         if shown:
             hf_logging.enable_progress_bar()
-    code = _REMOTE_CODE.format(config=type(student.config).__name__, model=type(student).__name__)
-    (folder / "modeling_linearized.py").write_text(code)
 
 
 @torch.no_grad()

@@ -35,13 +35,9 @@ from linearize.checkpoint import (
     seed_all,
     set_rng_state,
 )
-from linearize.errors import NonFiniteLossError, RunError
+from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
-
-
-class RunInterrupted(Exception):
-    """The user stopped the run; a checkpoint was saved first. Not an error: the message says how to go on."""
 
 
 @dataclass(frozen=True)

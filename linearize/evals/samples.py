@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.config import Config
+from linearize.errors import RunError
+from linearize.export import load_student
+from linearize.machine import choose_machine
 
 PROMPT = "The history of the sea is the history of"
 
@@ -45,3 +48,26 @@ def generate_texts(
     length = inputs["input_ids"].shape[1]
     texts: list[str] = tokenizer.batch_decode(tokens[:, length:], skip_special_tokens=True)
     return texts
+
+
+def generate_from_folder(
+    folder: str, prompts: list[str], sampling: Sampling, chat: bool = False, device: str | None = None
+) -> list[str]:
+    """The continuations of prompts by a student on disk.
+
+    Raises:
+        RunError: for a folder without a student, or `chat` with a tokenizer that has no template.
+    """
+    machine = choose_machine(device, "auto")
+    model = load_student(folder, dtype=machine.dtype, device=str(machine.device))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if chat:
+        if tokenizer.chat_template is None:
+            raise RunError("its tokenizer has no chat template", place=folder, remedy="Leave out --chat.")
+        prompts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            )
+            for prompt in prompts
+        ]
+    return generate_texts(model, tokenizer, prompts, sampling)

@@ -68,7 +68,8 @@ def chunk_linear_attention(
     den = score_BNJPCC.sum(-1) + (outer_q.flatten(3, 4) @ start_z.unsqueeze(-1)).view(score_BNJPCC.shape[:-1])
     y_BNJPCV = num / den.clamp_min(torch.finfo(dtype).tiny).unsqueeze(-1)
     y_BTHV = y_BNJPCV.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :length]
-    return y_BTHV.to(v_BTGV.dtype), LinearState(ends_s[:, -1], ends_z[:, -1])
+    # Copied, because a view would keep the sums of all chunks in memory for as long as the state lives.
+    return y_BTHV.to(v_BTGV.dtype), LinearState(ends_s[:, -1].clone(), ends_z[:, -1].clone())
 
 
 class _Carried(NamedTuple):

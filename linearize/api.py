@@ -1,0 +1,100 @@
+"""The public functions. They forward to the modules that do the work."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import linearize.modeling  # noqa: F401 - registers the classes
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from linearize.pipeline import Converted
+    from linearize.recipe import Recipe
+
+# What a function needs is imported when it is called: `import linearize` is what loading a student needs, no more.
+
+__all__ = ["convert", "load_recipe", "load_student"]
+
+
+# More parameters than the style allows: they are the options of `linearize convert`, one for one.
+def convert(
+    model: str,
+    *,
+    recipe: str = "hedgehog",
+    out: str | Path = "out/student",
+    data: str | None = None,
+    text_field: str | None = None,
+    heldout: str | None = None,
+    tokens: int | str | None = None,
+    overrides: Sequence[str] = (),
+    device: str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    quiet: bool = False,
+) -> "Converted":
+    """Convert a teacher into a linear-attention student and measure both.
+
+    Args:
+        model: a known name (`smollm2`, `llama`, `mistral`), a Hub id, a folder or a `.gguf` file.
+        recipe: a shipped recipe's name or the path of a YAML file.
+        out: where the student and its run go.
+        data: training text: parquet, jsonl, txt, a folder or a Hub data set; None takes the recipe's default.
+        text_field: the column that holds the text.
+        heldout: text to measure on; None keeps some of the training text aside.
+        tokens: total training tokens, such as `"150k"`; None takes the recipe's budgets.
+        overrides: settings such as `"stages.0.tokens=2M"`.
+        device: `"cpu"`, `"cuda"`, `"cuda:1"`; None takes a GPU when there is one.
+        resume: go on with an interrupted run in `out`.
+        overwrite: delete a former run in `out`.
+        quiet: print nothing.
+
+    Raises:
+        LinearizeError: (a ValueError) for all that the caller can mend.
+    """
+    from rich.console import Console
+
+    from linearize.pipeline import Conversion
+    from linearize.pipeline import convert as run_conversion
+
+    job = Conversion(
+        model=model,
+        recipe=recipe,
+        out=out,
+        data=data,
+        text_field=text_field,
+        heldout=heldout,
+        tokens=tokens,
+        overrides=tuple(overrides),
+        device=device,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    return run_conversion(job, Console(stderr=True, quiet=quiet))
+
+
+def load_recipe(recipe: str, overrides: Sequence[str] = (), tokens: int | str | None = None) -> "Recipe":
+    """Read and check a recipe by name or path; see `linearize.recipe.load_recipe`.
+
+    Raises:
+        RecipeError: with file, line, key and the nearest known name.
+    """
+    from linearize.recipe import load_recipe as load
+
+    return load(recipe, overrides, tokens)
+
+
+def load_student(
+    folder: str | Path, dtype: "torch.dtype | str" = "auto", device: str = "cpu"
+) -> "PreTrainedModel":
+    """Load a student, refusing weights that do not fit its config; see `linearize.export.load_student`.
+
+    Raises:
+        RunError: for a folder that holds no student, and for missing, unexpected or misshapen weights.
+    """
+    from linearize.export import load_student as load
+
+    return load(folder, dtype, device)

@@ -1,0 +1,121 @@
+"""What a conversion would cost on this machine: measured on one micro-batch of every stage, before anything is run."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from linearize.machine import Machine, choose_machine
+from linearize.metrics import peak_memory_bytes
+from linearize.recipe import Recipe
+from linearize.stages import Batch, Stage, build_stage
+from linearize.surgery import Swap, graft, plan_surgery
+from linearize.teacher import Teacher, load_teacher
+
+MINUTES = 15
+"""`Plan.tokens_in_time` is the budget that trains in this time."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """What one stage costs; speeds are measured, times follow from them."""
+
+    name: str
+    tokens: int
+    steps: int
+    tokens_per_second: float
+    peak_memory_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        return self.tokens / self.tokens_per_second
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The surgery and its price."""
+
+    teacher: Teacher
+    recipe: Recipe
+    machine: Machine
+    layers: int
+    swaps: tuple[Swap, ...]
+    key_value_bytes: int  # of the teacher's cache, per token and sequence
+    stages: list[StageCost]
+
+    @property
+    def parameters(self) -> int:
+        """That the mixers add."""
+        return sum(swap.parameters for swap in self.swaps)
+
+    @property
+    def state_bytes(self) -> int:
+        """Of the student layers' decoding state, per sequence of any length."""
+        return sum(swap.state_bytes for swap in self.swaps)
+
+    @property
+    def crossover_tokens(self) -> int:
+        """Length from which that state is smaller than the keys and values of the layers it replaces."""
+        replaced = self.key_value_bytes * len(self.swaps) / self.layers
+        return round(self.state_bytes / replaced) if replaced else 0
+
+    @property
+    def tokens_in_time(self) -> int:
+        """The total budget whose training takes MINUTES, split over the stages as the recipe does."""
+        seconds_per_token = sum(cost.tokens / self.recipe.tokens / cost.tokens_per_second for cost in self.stages)
+        return int(MINUTES * 60 / seconds_per_token)
+
+
+def plan_conversion(model: str, recipe: Recipe, device: str | None = None) -> Plan:
+    """Load the teacher, plan the surgery and time one micro-batch of every stage on random tokens. Writes nothing.
+
+    Raises:
+        LinearizeError: as `convert` would, for the model, the recipe and the surgery.
+    """
+    machine = choose_machine(device, recipe.precision)
+    teacher = load_teacher(model, dtype=machine.dtype, device=machine.device)
+    swaps = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+    config = teacher.model.config
+    layers: int = config.num_hidden_layers
+    head_dim: int = config.head_dim
+    element = torch.finfo(machine.dtype).bits // 8
+    key_value_bytes = 2 * layers * config.num_key_value_heads * head_dim * element
+    grafted = graft(teacher.model, swaps)
+    costs = []
+    for stage_config in recipe.stages:
+        stage = build_stage(stage_config, grafted)
+        speed, memory = _measure(stage, machine, config.vocab_size)
+        costs.append(StageCost(stage.name, stage_config.tokens, stage_config.steps, speed, memory))
+    return Plan(teacher, recipe, machine, layers, swaps, key_value_bytes, costs)
+
+
+def _measure(stage: Stage, machine: Machine, vocabulary: int) -> tuple[float, int]:
+    """Tokens per second and peak memory of one micro-batch; on a GPU of the second one, after a warm-up."""
+    config, device = stage.config, machine.device
+    rows, length = min(config.micro_batch, config.batch), config.length
+    ids_BT = torch.randint(0, vocabulary, (rows, length))
+    target_mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
+    target_mask_BT[:, -1] = False
+    batch = Batch(ids_BT, torch.arange(length).expand(rows, -1), None, target_mask_BT).to(device)
+    parameters = stage.trainable().values()
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    seconds = 0.0
+    for _ in range(2 if device.type == "cuda" else 1):
+        _wait(device)
+        started = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=machine.precision == "bf16"):
+            stage.train_micro_batch(batch, lambda loss: loss.backward())
+        _wait(device)
+        seconds = time.perf_counter() - started
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+        parameter.grad = None
+    return batch.tokens / seconds, peak_memory_bytes(device)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

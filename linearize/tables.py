@@ -1,0 +1,171 @@
+"""What the command line prints, as rich renderables made from results."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+
+from linearize.doctor import Finding
+from linearize.evals.samples import PROMPT
+from linearize.pipeline import Converted
+from linearize.planning import Plan
+from linearize.recipe import Recipe
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Left-aligned first column, numbers to the right."""
+    table = Table(title=title, title_justify="left")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def conversion_report(result: Converted) -> RenderableType:
+    """Perplexities stage by stage, a sample of both models, and where the student lies."""
+    sources = list(result.teacher.perplexity)
+    table = _table(f"Perplexity on held-out text, windows of {result.length:,} tokens", "", *sources)
+    table.add_row("teacher", *(f"{result.teacher.perplexity[source]:,.2f}" for source in sources))
+    table.add_row("student, untrained", *(f"{result.untrained[source]:,.2f}" for source in sources))
+    for stage in result.stages:
+        found = [stage["metrics"].get(f"eval/{source}") for source in sources]
+        table.add_row(f"student after {stage['name']}", *("-" if value is None else f"{value:,.2f}" for value in found))
+    table.add_row("student, reloaded from disk", *(f"{result.student.perplexity[source]:,.2f}" for source in sources))
+    ratios = (result.student.perplexity[source] / result.teacher.perplexity[source] for source in sources)
+    table.add_row("student / teacher", *(f"{ratio:.2f}" for ratio in ratios))
+    speeds = ", ".join(
+        f"{stage['name']} {stage['tokens']:,} tokens at {stage['tokens_per_second']:,.0f}/s" for stage in result.stages
+    )
+    folder = escape(str(result.folder))
+    lines = [
+        f"Trained: {speeds}.",
+        f"[bold]Prompt[/bold]   {escape(PROMPT)}",
+        f"[bold]Teacher[/bold]  {escape(' '.join(result.teacher.sample.split()))}",
+        f"[bold]Student[/bold]  {escape(' '.join(result.student.sample.split()))}",
+        f"The student lies in [bold]{folder}[/bold]. Next: linearize doctor {folder}",
+    ]
+    return Group(table, *lines)
+
+
+def plan_report(plan: Plan) -> RenderableType:
+    """The surgery, and what it costs here."""
+    shapes = plan.swaps[0].shapes if plan.swaps else None
+    facts = Table.grid(padding=(0, 2))
+    students = f"{len(plan.swaps)} of {plan.layers} layers become {plan.recipe.mixer.kind}"
+    rows = [
+        ("Teacher", plan.teacher.origin),
+        ("Machine", f"{plan.machine.name}, {plan.machine.precision}: {plan.machine.why}"),
+        ("Surgery", students),
+        ("Layers", _ranges([swap.layer for swap in plan.swaps])),
+    ]
+    if shapes is not None:
+        heads = f"{shapes.query_heads} query, {shapes.key_heads} key/value, width {shapes.key_width}"
+        rows += [
+            ("Heads", heads),
+            ("Parameters added", f"{plan.parameters:,} ({plan.parameters / _size(plan):.2%} of the teacher's)"),
+            (
+                "Decoding state",
+                f"{_bytes(plan.state_bytes)} per sequence of any length; smaller than the keys and values it replaces "
+                f"({_bytes(plan.key_value_bytes)} per token, all layers) from {plan.crossover_tokens:,} tokens on",
+            ),
+        ]
+    for name, value in rows:
+        facts.add_row(f"[bold]{name}[/bold]", escape(value))
+    table = _table("Stages, measured on one batch here", "stage", "tokens", "steps", "tokens/s", "time", "peak memory")
+    for cost in plan.stages:
+        table.add_row(
+            cost.name,
+            f"{cost.tokens:,}",
+            f"{cost.steps:,}",
+            f"{cost.tokens_per_second:,.0f}",
+            _clock(cost.seconds),
+            _bytes(cost.peak_memory_bytes),
+        )
+    budget = f"A budget of --tokens {plan.tokens_in_time:,} would train in about 15 minutes."
+    return Group(facts, table, budget)
+
+
+def _size(plan: Plan) -> int:
+    """Parameters of the teacher; the model was grafted to be measured, so the mixers' own are taken off."""
+    adapters = sum(p.numel() for name, p in plan.teacher.model.named_parameters() if "lora_" in name)
+    return sum(parameter.numel() for parameter in plan.teacher.model.parameters()) - plan.parameters - adapters
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """`0-4, 6, 8-9` for the layers that are replaced."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and parts[-1][-1] == number - 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("-".join(map(str, part)) for part in parts) or "none"
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:,.0f} {unit}"
+        count /= 1024
+    return f"{count:,.2f} GiB"
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"
+
+
+def perplexity_report(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Teacher, student and their ratio by source and length."""
+    columns = [name for name in ("teacher", "student", "ratio") if name in rows[0]]
+    table = _table("Perplexity (nats per token ± standard error)", "text", "length", "tokens", *columns)
+    for row in rows:
+        cells = []
+        for name in columns:
+            cell = "-" if row[name] is None else f"{row[name]:,.2f}"
+            error = row.get(f"{name}_standard_error")
+            cells.append(cell if error is None else f"{cell} ({row[f'{name}_nll']:.3f} ± {error:.3f})")
+        table.add_row(str(row["source"]), f"{row['length']:,}", f"{row['tokens']:,}", *cells)
+    return table
+
+
+def doctor_report(findings: Sequence[Finding]) -> RenderableType:
+    """One line a check, the verdict below."""
+    table = _table("Largest difference of logits, relative to the largest logit", "check", "difference", "allowed", "")
+    table.add_column("how", justify="left")
+    for finding in findings:
+        verdict = "[green]ok[/green]" if finding.passed else "[bold red]FAILED[/bold red]"
+        table.add_row(finding.check, f"{finding.difference:.1e}", f"{finding.tolerance:.0e}", verdict, finding.note)
+    failed = [finding.check for finding in findings if not finding.passed]
+    verdict = f"[bold red]{len(failed)} failed: {', '.join(failed)}[/bold red]" if failed else "[green]All passed.[/green]"
+    return Group(table, verdict)
+
+
+def findings_json(findings: Sequence[Finding]) -> list[dict[str, Any]]:
+    """The findings as plain data."""
+    return [
+        {
+            "check": finding.check,
+            "difference": finding.difference,
+            "tolerance": finding.tolerance,
+            "passed": finding.passed,
+            "note": finding.note,
+        }
+        for finding in findings
+    ]
+
+
+def recipes_report(recipes: Sequence[Recipe]) -> RenderableType:
+    """Name, mixer, stages, budget and paper of each recipe."""
+    table = Table(title="Recipes", title_justify="left")
+    for column in ("name", "mixer", "keeps softmax", "stages", "tokens", "paper"):
+        table.add_column(column)
+    for recipe in recipes:
+        stages = " > ".join(stage.kind for stage in recipe.stages)
+        kept = "none" if recipe.keep_softmax == "none" else str(recipe.keep_softmax)
+        table.add_row(recipe.name, recipe.mixer.kind, kept, stages, f"{recipe.tokens / 1e6:g}M", recipe.paper)
+    return table

@@ -1,0 +1,87 @@
+"""Tiny teachers, a tokenizer and batches that many files share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from linearize.stages import Batch
+
+VOCABULARY = 97
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def make_teacher() -> Callable[..., PreTrainedModel]:
+    """A function that builds a tiny random teacher whose attention is far from flat."""
+
+    def make(family: str = "llama", **overrides: Any) -> PreTrainedModel:
+        config_class, model_class = CLASSES[family]
+        sizes = {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.15,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+        }
+        if family == "mistral":
+            sizes["sliding_window"] = None
+        torch.manual_seed(0)
+        model = model_class(config_class(**{**sizes, **overrides}))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name.endswith("bias"):  # they start at zero, which would hide that one is dropped
+                    parameter.normal_(std=0.5)
+        return model.eval().requires_grad_(False)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_tokens() -> Callable[..., torch.Tensor]:
+    def make(*shape: int, seed: int = 0) -> torch.Tensor:
+        return torch.randint(2, VOCABULARY, shape, generator=torch.Generator().manual_seed(seed))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def packed_batch() -> Batch:
+    """Two rows of 24 tokens: documents of 10, 1 and 13 tokens, and one of 24."""
+    ids_BT = torch.randint(2, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
+    positions_BT = torch.stack([torch.cat([torch.arange(10), torch.arange(1), torch.arange(13)]), torch.arange(24)])
+    segments_BT = torch.tensor([[0] * 10 + [1] + [2] * 13, [0] * 24])
+    targets_BT = torch.zeros(2, 24, dtype=torch.bool)
+    targets_BT[:, :-1] = segments_BT[:, 1:] == segments_BT[:, :-1]
+    return Batch(ids_BT, positions_BT, segments_BT, targets_BT)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {"<pad>": 0, "<s>": 1} | {f"w{index}": index for index in range(2, VOCABULARY)}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>")

@@ -1,0 +1,351 @@
+"""One contract over every mixer, and Hedgehog's feature maps against their formulas."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from linearize_kernels.linear_attention.naive import naive_linear_attention
+from torch import Tensor
+
+from linearize.errors import RecipeError
+from linearize.mixers import (
+    MIXERS,
+    HeadInputs,
+    HeadShapes,
+    MixerConfig,
+    MixerState,
+    Rope,
+    StudentMixer,
+    build_mixer,
+    mixer_config,
+)
+from linearize.mixers.feature_maps import MAX_EXPONENT, HedgehogMap
+from linearize.mixers.hedgehog import HedgehogConfig
+
+CASES: dict[str, MixerConfig] = {name: entry.config() for name, entry in MIXERS.items()} | {
+    "hedgehog-exp": HedgehogConfig(normalisation="exp"),
+    "hedgehog-joint": HedgehogConfig(normalisation="softmax_joint"),
+    "hedgehog-tied": HedgehogConfig(tied=True),
+    "hedgehog-bias": HedgehogConfig(bias=True),
+    "hedgehog-exp-tied-bias": HedgehogConfig(normalisation="exp", bias=True, tied=True),
+    "hedgehog-no-rope": HedgehogConfig(rope=False),
+    "hedgehog-narrow": HedgehogConfig(features=5),
+    "hedgehog-wide": HedgehogConfig(features=24, bias=True),
+    "hedgehog-kaiming": HedgehogConfig(start="kaiming"),
+}
+WIDTH, HEADS, KEY, VALUE = 32, 4, 16, 12  # V differs from K, so that a mix-up shows
+LENGTHS = [1, 63, 64, 65, 1000]
+
+every_mixer = pytest.mark.parametrize("case", CASES)
+
+
+def shapes(key_heads: int = 2) -> HeadShapes:
+    return HeadShapes(WIDTH, HEADS, key_heads, KEY, VALUE, KEY**-0.5)
+
+
+def mixer_of(case: str, key_heads: int = 2, dtype: torch.dtype = torch.float64) -> StudentMixer:
+    """With parameters moved off their start, where some mistakes cancel."""
+    torch.manual_seed(0)
+    mixer = build_mixer(CASES[case], shapes(key_heads)).to(dtype)
+    with torch.no_grad():
+        for parameter in mixer.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return mixer
+
+
+def rope_at(positions_BT: Tensor, dtype: torch.dtype = torch.float64) -> Rope:
+    angle_BTR = positions_BT[..., None].double() * 10000.0 ** -(torch.arange(KEY // 2).double() / (KEY // 2))
+    angle_BTR = torch.cat([angle_BTR, angle_BTR], dim=-1)
+    return Rope(angle_BTR.cos().to(dtype), angle_BTR.sin().to(dtype))
+
+
+def heads_of(length: int, key_heads: int = 2, dtype: torch.dtype = torch.float64, batch: int = 2) -> HeadInputs:
+    generator = torch.Generator().manual_seed(1)
+
+    def draw(*sizes: int) -> Tensor:
+        return torch.randn(batch, length, *sizes, generator=generator, dtype=torch.float64).to(dtype)
+
+    rope = rope_at(torch.arange(length).expand(batch, -1), dtype)
+    return HeadInputs(
+        draw(WIDTH), draw(HEADS, KEY), draw(key_heads, KEY), draw(key_heads, VALUE), rope=rope
+    )
+
+
+def cut(heads: HeadInputs, where: slice | Tensor, rows: slice = slice(None)) -> HeadInputs:
+    """The heads of some tokens, of some rows."""
+
+    def take(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows][:, where]
+
+    assert heads.rope is not None
+    rope = Rope(heads.rope.cos_BTR[rows][:, where], heads.rope.sin_BTR[rows][:, where])
+    tensors = {name: take(value) for name, value in vars(heads).items() if name != "rope"}
+    return HeadInputs(**tensors, rope=rope)  # type: ignore[arg-type]
+
+
+def close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
+    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
+
+
+def same_state(left: MixerState, right: MixerState) -> None:
+    assert len(left) == len(right)
+    for one, other in zip(left, right, strict=True):
+        close(one, other)
+
+
+@every_mixer
+@pytest.mark.parametrize("length", LENGTHS)
+def test_split_equals_whole(case: str, length: int) -> None:
+    mixer, heads = mixer_of(case), heads_of(length)
+    whole, end = mixer(heads)
+    for first in {1, 63, 64, length // 2, length - 1} & set(range(1, length)):
+        head, state = mixer(cut(heads, slice(first)))
+        tail, after = mixer(cut(heads, slice(first, None)), state)
+        close(torch.cat([head, tail], 1), whole)
+        same_state(after, end)
+
+
+@every_mixer
+@settings(max_examples=10, deadline=None)
+@given(cuts=st.sets(st.integers(1, 129), max_size=4))
+def test_split_anywhere_equals_whole(case: str, cuts: set[int]) -> None:
+    mixer, heads = mixer_of(case), heads_of(130)
+    edges, state, found = [0, *sorted(cuts), 130], None, []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        y, state = mixer(cut(heads, slice(start, stop)), state)
+        found.append(y)
+    close(torch.cat(found, 1), mixer(heads)[0])
+
+
+@every_mixer
+def test_token_by_token_equals_whole(case: str) -> None:
+    mixer, heads = mixer_of(case), heads_of(70)
+    state, found = None, []
+    for t in range(70):
+        y, state = mixer(cut(heads, slice(t, t + 1)), state)
+        found.append(y)
+    whole, end = mixer(heads)
+    close(torch.cat(found, 1), whole)
+    assert state is not None
+    same_state(state, end)
+
+
+@every_mixer
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_prefix_does_not_change(case: str, length: int) -> None:
+    mixer, heads = mixer_of(case), heads_of(1000)
+    close(mixer(cut(heads, slice(length)))[0], mixer(heads)[0][:, :length])
+
+
+@every_mixer
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_equals_unpadded(case: str, length: int, side: str) -> None:
+    mixer, heads, pad = mixer_of(case), heads_of(length), 9
+    real = torch.ones(length + pad, dtype=torch.bool)
+    real[:pad] = side == "right"
+    real[length:] &= side == "left"
+    real = real if side == "left" else torch.arange(length + pad) < length
+    padded = heads_of(length + pad)  # what stands in the padding is no zero
+
+    def put(name: str) -> Tensor:
+        tensor = getattr(padded, name).clone()
+        tensor[:, real] = getattr(heads, name)
+        return tensor
+
+    tensors = {name: put(name) for name in ("x_BTD", "q_BTHK", "k_BTGK", "v_BTGV")}
+    rope = rope_at((real.cumsum(0) - 1).clamp_min(0).expand(2, -1))
+    y, state = mixer(HeadInputs(**tensors, rope=rope, mask_BT=real.expand(2, -1)))
+    expected, end = mixer(heads)
+    close(y[:, real], expected)
+    assert torch.isfinite(y).all()
+    same_state(state, end)
+
+
+@every_mixer
+def test_packed_documents_are_separate(case: str) -> None:
+    mixer, sizes = mixer_of(case), [10, 1, 64, 55, 20]
+    positions_T = torch.cat([torch.arange(size) for size in sizes])
+    document_T = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    single = heads_of(150)
+    packed = replace(
+        single,
+        rope=rope_at(torch.stack([positions_T, torch.arange(150)])),
+        segments_BT=torch.stack([document_T, torch.zeros(150, dtype=torch.long)]),
+    )
+    y, _ = mixer(packed)
+    for document in range(len(sizes)):
+        alone = cut(replace(packed, segments_BT=None), document_T == document, slice(1))
+        close(y[:1, document_T == document], mixer(alone)[0])
+    close(y[1:], mixer(cut(single, slice(None), slice(1, 2)))[0])
+
+
+@every_mixer
+@pytest.mark.parametrize("length", LENGTHS)
+def test_state_has_the_promised_size_whatever_was_read(case: str, length: int) -> None:
+    mixer = mixer_of(case, dtype=torch.float32)
+    _, state = mixer(heads_of(length, dtype=torch.float32))
+    _, state = mixer(heads_of(5, dtype=torch.float32), state)
+    assert sum(tensor.nbytes for tensor in state) == 2 * mixer.state_bytes()
+    assert sum(tensor.untyped_storage().nbytes() for tensor in state) == 2 * mixer.state_bytes()
+    assert all(tensor.shape[0] == 2 for tensor in state)  # batch first
+
+
+@every_mixer
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_query_head_h_reads_key_head_h_over_group(case: str, key_heads: int) -> None:
+    """Repeating the key heads in the input, in HF's order, changes nothing; other batches and groups do not leak."""
+    mixer, heads = mixer_of(case, key_heads), heads_of(65, key_heads)
+    y, _ = mixer(heads)
+    assert y.shape == (2, 65, HEADS, VALUE)
+    changed = heads.v_BTGV.clone()
+    changed[0, :, 0] += 1
+    moved = (mixer(replace(heads, v_BTGV=changed))[0] - y).abs().amax((1, 3)) > 1e-9
+    expected = torch.zeros(2, HEADS, dtype=torch.bool)
+    expected[0, : HEADS // key_heads] = True
+    assert torch.equal(moved, expected)
+
+
+@every_mixer
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_gradients_are_finite_and_reach_every_parameter(case: str, scale: float) -> None:
+    mixer, heads = mixer_of(case, dtype=torch.float32), heads_of(130, dtype=torch.float32)
+    heads = replace(heads, q_BTHK=heads.q_BTHK * scale, k_BTGK=heads.k_BTGK * scale)
+    inputs = [heads.q_BTHK.requires_grad_(), heads.k_BTGK.requires_grad_(), heads.v_BTGV.requires_grad_()]
+    y, _ = mixer(heads)
+    assert torch.isfinite(y).all()
+    gradients = torch.autograd.grad(y.square().sum(), [*inputs, *mixer.parameters()])
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+    if scale == 1:
+        assert all((gradient != 0).any() for gradient in gradients)
+
+
+@every_mixer
+def test_bf16_inputs(case: str) -> None:
+    mixer = mixer_of(case, dtype=torch.float32)
+    heads = heads_of(200, dtype=torch.bfloat16)
+    y, state = mixer(heads)
+    step, _ = mixer(cut(heads, slice(1)), state)
+    assert y.dtype == step.dtype == torch.bfloat16
+    assert {tensor.dtype for tensor in state} == {torch.float32}
+    tensors = {name: tensor.double() for name, tensor in vars(heads).items() if isinstance(tensor, Tensor)}
+    assert heads.rope is not None
+    rope = Rope(heads.rope.cos_BTR.double(), heads.rope.sin_BTR.double())
+    exact, _ = mixer_of(case)(HeadInputs(**tensors, rope=rope))
+    assert torch.isfinite(y).all()
+    assert (y.double() - exact).norm() / exact.norm() < 0.01
+
+
+@every_mixer
+def test_no_rope_no_mask_and_no_segments_are_allowed(case: str) -> None:
+    y, _ = mixer_of(case)(replace(heads_of(5), rope=None))
+    assert torch.isfinite(y).all()
+
+
+@every_mixer
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("key_heads", [4, 2, 1])
+def test_row_weights_sum_to_one_and_reproduce_the_outputs(case: str, packed: bool, key_heads: int) -> None:
+    mixer, heads = mixer_of(case, key_heads), heads_of(70, key_heads)
+    if packed:
+        heads = replace(heads, segments_BT=(torch.arange(70) >= 33).long().expand(2, -1))
+    try:
+        rows = mixer.row_weights(heads)
+    except NotImplementedError as error:
+        pytest.skip(str(error))
+    weight_BHTT = torch.cat([rows(start, min(start + 32, 70)) for start in range(0, 70, 32)], dim=2)
+    close(weight_BHTT.sum(-1), torch.ones(2, HEADS, 70, dtype=torch.float64))
+    assert not weight_BHTT.triu(1).any()
+    v_BTHV = heads.v_BTGV.repeat_interleave(HEADS // key_heads, dim=2)
+    close(torch.einsum("bhij,bjhv->bihv", weight_BHTT, v_BTHV), mixer(heads)[0])
+
+
+def phi(x: Tensor, weight: Tensor, bias: Tensor, form: str) -> Tensor:
+    """Feature vector of one head's row x [K], element by element."""
+    u = [sum(x[k] * weight[k, f] for k in range(weight.shape[0])) + bias[f] for f in range(weight.shape[1])]
+    plus, minus = torch.stack(u).exp(), (-torch.stack(u)).exp()
+    if form == "exp":
+        return torch.cat([plus, minus])
+    if form == "softmax":
+        return torch.cat([plus / plus.sum(), minus / minus.sum()])
+    return torch.cat([plus**2, minus**2]) / (plus**2 + minus**2).sum()
+
+
+@pytest.mark.parametrize("form", ["exp", "softmax", "softmax_joint"])
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_feature_maps_are_their_formulas(form: str, groups: int) -> None:
+    torch.manual_seed(2)
+    maps = HedgehogMap(4, 3, 5, bias=True, normalisation=form).double()  # type: ignore[arg-type]
+    assert maps.bias_HF is not None
+    with torch.no_grad():
+        maps.weight_HKF.normal_()
+        maps.bias_HF.normal_()
+    x = torch.randn(2, 3, groups, 3, dtype=torch.float64)
+    for side in ("query", "key"):
+        got = maps(x, side)
+        for head in range(4):
+            expected = phi(x[1, 2, head // (4 // groups)], maps.weight_HKF[head], maps.bias_HF[head], form)
+            if form == "exp" and side == "query":
+                expected = expected / expected.max()
+            close(got[1, 2, head], expected)
+
+
+def test_query_shift_of_the_exp_form_cancels() -> None:
+    mixer, heads = mixer_of("hedgehog-exp", dtype=torch.float64), heads_of(65)
+    assert heads.rope is not None
+    q, k = heads.rope.rotate(heads.q_BTHK), heads.rope.rotate(heads.k_BTGK)
+    u = torch.einsum("bthk,hkf->bthf", q, mixer.query_map.weight_HKF)  # type: ignore[union-attr]
+    w = torch.einsum("bthk,hkf->bthf", k.repeat_interleave(2, 2), mixer.key_map.weight_HKF)  # type: ignore[union-attr]
+    unshifted = naive_linear_attention(torch.cat([u, -u], -1).exp(), torch.cat([w, -w], -1).exp(), heads.v_BTGV)
+    close(mixer(heads)[0], unshifted)
+
+
+def test_exp_form_survives_huge_exponents() -> None:
+    maps = HedgehogMap(1, 1, 1, bias=False, normalisation="exp")
+    maps.reset_parameters()
+    x = torch.tensor([500.0, -500.0, 0.0]).view(1, 3, 1, 1)
+    assert maps(x, "query").amax(-1).unique().tolist() == [1.0]
+    keys = maps(x, "key")
+    assert torch.isfinite(keys).all()
+    assert keys.max() == torch.tensor(MAX_EXPONENT).exp()
+
+
+@pytest.mark.parametrize("features", [4, 16, 24])
+def test_identity_start_passes_the_heads_through(features: int) -> None:
+    mixer = build_mixer(HedgehogConfig(features=features, bias=True), shapes())
+    for maps in (mixer.query_map, mixer.key_map):
+        assert torch.equal(maps.weight_HKF, torch.eye(KEY, features).expand(HEADS, -1, -1))  # type: ignore[union-attr]
+        assert not maps.bias_HF.any()  # type: ignore[union-attr]
+
+
+def test_tied_maps_are_one_parameter() -> None:
+    count = {case: sum(p.numel() for p in mixer_of(case).parameters()) for case in CASES}
+    assert count["hedgehog"] == 2 * HEADS * KEY * KEY
+    assert count["hedgehog-tied"] == HEADS * KEY * KEY
+    assert count["hedgehog-bias"] == 2 * HEADS * (KEY + 1) * KEY
+
+
+def test_partial_rope_turns_the_first_channels_only() -> None:
+    x, positions = torch.randn(1, 3, 1, 8, dtype=torch.float64), torch.arange(3).double()
+    angle_BTR = (positions[:, None] * torch.tensor([1.0, 0.1], dtype=torch.float64)).repeat(1, 2)[None]
+    turned = Rope(angle_BTR.cos(), angle_BTR.sin()).rotate(x)
+    assert torch.equal(turned[..., 4:], x[..., 4:])
+    for t in range(3):  # channel c is turned together with channel c + R / 2
+        for c, speed in enumerate((1.0, 0.1)):
+            pair = torch.complex(x[0, t, 0, c], x[0, t, 0, c + 2]) * torch.exp(torch.tensor(1j * speed * t))
+            close(turned[0, t, 0, c], pair.real.double(), 1e-6)
+            close(turned[0, t, 0, c + 2], pair.imag.double(), 1e-6)
+
+
+@every_mixer
+def test_config_survives_plain_data(case: str) -> None:
+    assert mixer_config(CASES[case].model_dump(mode="json")) == CASES[case]
+
+
+def test_unknown_mixer_lists_the_known() -> None:
+    with pytest.raises(RecipeError, match=r"unknown mixer 'hedgehoc'; did you mean 'hedgehog'\? Known: .*hedgehog"):
+        mixer_config({"kind": "hedgehoc"})
