@@ -67,15 +67,18 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
 
 @contextmanager
 def lora_off(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters change nothing."""
-    layers = lora_layers(model)
-    for layer in layers:
+    """Inside, adapters change nothing. Afterwards all is as before: peft's own switch would unfreeze every adapter."""
+    before = [(layer, layer.disable_adapters) for layer in lora_layers(model)]
+    trained = [(parameter, parameter.requires_grad) for parameter in lora_parameters(model).values()]
+    for layer, _ in before:
         layer.enable_adapters(False)
     try:
         yield
     finally:
-        for layer in layers:
-            layer.enable_adapters(True)
+        for layer, was_off in before:
+            layer.enable_adapters(not was_off)
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def merge_lora(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,8 @@ class StudentAttention(nn.Module):
         self.layer_idx: int = attention.layer_idx  # type: ignore[assignment]
         self.mode: Literal["student", "teacher"] = "student"
         self.observer: Observer | None = None
+        self.train(attention.training)
+        attention.training = False  # a teacher does not drop out, and train() and eval() of the model no longer reach it
         self._softmax = (attention,)  # a tuple hides it from nn.Module: its parameters are registered once
 
     def forward(
@@ -152,18 +155,19 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     Raises:
         ValueError: for a 4-D mask, which a linear-attention student cannot follow.
     """
-    mask, position_ids = kwargs.get("attention_mask"), kwargs.get("position_ids")
-    use_cache = kwargs.get("use_cache")
-    cached = kwargs.get("past_key_values") is not None or (trunk.config.use_cache if use_cache is None else use_cache)
+    given = {**dict(zip(signature(trunk.forward).parameters, args)), **kwargs}
+    mask, position_ids = given.get("attention_mask"), given.get("position_ids")
+    use_cache = given.get("use_cache")
+    cached = given.get("past_key_values") is not None or (trunk.config.use_cache if use_cache is None else use_cache)
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; a linear-attention student takes the 2-D padding mask "
             "[batch, tokens] only"
         )
-    segments = kwargs.get("segments_BT")
+    segments = given.get("segments_BT")
     if segments is None and position_ids is not None and mask is None and not cached:
         segments = find_packed_sequence_indices(position_ids)
-    return args, {**kwargs, "padding_mask_BT": mask, "segments_BT": segments}
+    return (), {**given, "padding_mask_BT": mask, "segments_BT": segments}
 
 
 def teacher_rows(heads: HeadInputs, scaling: float) -> Callable[[int, int], Tensor]:

@@ -80,34 +80,49 @@ def distillation_loss(
     return DistillationLoss(loss, kl, cross_entropy)
 
 
+CHUNK = {"cpu": 128, "cuda": 2048}
+"""Default chunk: on a CPU, 128 rows of a 49K vocabulary stay in its cache, which makes the loss three times faster."""
+
+
 class DistillationWeights(NamedTuple):
     kl: float = 1.0
     cross_entropy: float = 0.0
     temperature: float = 1.0
-    chunk: int = 1024  # tokens whose logits exist at one time
+    chunk: int | None = None  # tokens whose logits exist at one time; None = CHUNK of the device
 
 
 class _Distillation(torch.autograd.Function):
     """Computes each chunk's gradient right after its loss, and keeps only the gradient of the hidden states."""
 
     @staticmethod
-    def forward(ctx: Any, student_LD: Tensor, teacher_LD: Tensor, head: Any, targets_L: Tensor, mask_L: Tensor,
-                weights: DistillationWeights) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        student_LD: Tensor,
+        teacher_LD: Tensor,
+        head: Callable[[Tensor], Tensor],
+        targets_L: Tensor,
+        mask_L: Tensor,
+        weights: DistillationWeights,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         count = mask_L.sum().clamp_min(1)
         gradient_LD = torch.empty_like(student_LD)
-        sums = torch.zeros(3, device=student_LD.device)
-        for start in range(0, len(targets_L), weights.chunk):
-            part = slice(start, start + weights.chunk)
+        kl, cross_entropy = torch.zeros(2, device=student_LD.device).unbind()
+        chunk = weights.chunk or CHUNK[student_LD.device.type]
+        for start in range(0, len(targets_L), chunk):
+            part = slice(start, start + chunk)
+            teacher_LV = head(teacher_LD[part].detach())
             with torch.enable_grad():
                 hidden = student_LD[part].detach().requires_grad_()
-                terms = _chunk_terms(head(hidden), head(teacher_LD[part].detach()), targets_L[part], mask_L[part],
-                                     weights)
-                (gradient_LD[part],) = torch.autograd.grad(terms[0], hidden)
-            sums += torch.stack([term.detach() for term in terms])
+                student_LV = head(hidden)
+            gradient_LV, chunk_kl, chunk_cross_entropy = _chunk_terms(
+                student_LV.detach(), teacher_LV, targets_L[part], mask_L[part], weights
+            )
+            (gradient_LD[part],) = torch.autograd.grad(student_LV, hidden, gradient_LV)
+            kl, cross_entropy = kl + chunk_kl, cross_entropy + chunk_cross_entropy
         ctx.save_for_backward(gradient_LD / count)
-        loss, kl, cross_entropy = (sums / count).unbind()
+        kl, cross_entropy = kl / count, cross_entropy / count
         ctx.mark_non_differentiable(kl, cross_entropy)
-        return loss, kl, cross_entropy
+        return weights.kl * kl + weights.cross_entropy * cross_entropy, kl, cross_entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None, None]:
@@ -118,13 +133,27 @@ class _Distillation(torch.autograd.Function):
 def _chunk_terms(
     student_LV: Tensor, teacher_LV: Tensor, targets_L: Tensor, mask_L: Tensor, weights: DistillationWeights
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums over the chunk's target tokens: weighted loss, KL, cross-entropy."""
-    temperature = weights.temperature
-    student_LV, teacher_LV = student_LV.float(), teacher_LV.detach().float()
-    student_log = (student_LV / temperature).log_softmax(-1)
-    teacher_log = (teacher_LV / temperature).log_softmax(-1)
-    kl_L = (teacher_log.exp() * (teacher_log - student_log)).sum(-1) * temperature**2
-    kl = (kl_L * mask_L).sum()
-    plain_log = student_log if temperature == 1 else student_LV.log_softmax(-1)
-    cross_entropy = -(plain_log.gather(-1, targets_L[:, None])[:, 0] * mask_L).sum()
-    return weights.kl * kl + weights.cross_entropy * cross_entropy, kl, cross_entropy
+    """The gradient of the chunk's weighted loss with respect to the student's logits, its KL and its cross-entropy.
+
+    With p, q the softmax of teacher and student logits t, s at temperature c: c^2 KL = c p.(t - s) + c^2 (lse s/c -
+    lse t/c), whose gradient is c (q - p); that of the cross-entropy is softmax(s) minus one at the target. Written out
+    because the vocabulary is the widest tensor of all: every pass over it counts.
+    """
+    dtype = torch.promote_types(student_LV.dtype, torch.float32)
+    student_LV, teacher_LV, mask_L1 = student_LV.to(dtype), teacher_LV.to(dtype), mask_L[:, None].to(dtype)
+    heat = weights.temperature
+    warm_LV, goal_LV = (student_LV, teacher_LV) if heat == 1 else (student_LV / heat, teacher_LV / heat)
+    warm_lse_L1, goal_lse_L1 = warm_LV.logsumexp(-1, keepdim=True), goal_LV.logsumexp(-1, keepdim=True)
+    goal_p_LV = (goal_LV - goal_lse_L1).exp_()
+    distance_L1 = torch.linalg.vecdot(goal_p_LV, goal_LV - warm_LV)[:, None]
+    kl = ((distance_L1 - goal_lse_L1 + warm_lse_L1) * mask_L1).sum() * heat**2
+
+    lse_L1 = warm_lse_L1 if heat == 1 else student_LV.logsumexp(-1, keepdim=True)
+    cross_entropy = ((lse_L1 - student_LV.gather(-1, targets_L[:, None])) * mask_L1).sum()
+
+    gradient_LV = (warm_LV - warm_lse_L1).exp_().sub_(goal_p_LV).mul_(mask_L1 * (heat * weights.kl))
+    if weights.cross_entropy:
+        pull_LV = (student_LV - lse_L1).exp_().mul_(mask_L1 * weights.cross_entropy)
+        pull_LV.scatter_add_(-1, targets_L[:, None], -mask_L1 * weights.cross_entropy)
+        gradient_LV = gradient_LV.add_(pull_LV)
+    return gradient_LV, kl, cross_entropy

@@ -39,6 +39,10 @@ EVAL_ROWS = {"cpu": 1, "cuda": 8}
 """Windows that are read at one time when perplexity is measured."""
 
 
+FEW_STEPS = 100
+"""A stage is not measured more often than this: on a slow machine measuring would cost more than training."""
+
+
 @dataclass(frozen=True)
 class Conversion:
     """What to convert, how, and where to: the options of `linearize convert`."""
@@ -231,7 +235,7 @@ def _train(
                 recipe_hash=recipe.digest(),
                 corpus_fingerprint=corpus.fingerprint,
             )
-            every = max(1, config.steps // recipe.evaluations)
+            every = max(FEW_STEPS, config.steps // recipe.evaluations)
             settings = FitSettings(evaluate=evaluate, eval_every_steps=every, mixed_precision=_mixed(grafted.model))
             result = fit(stage, _batches(corpus, recipe, index), run, settings)
             folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})

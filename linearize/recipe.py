@@ -34,7 +34,7 @@ class Recipe(Config):
     stages: tuple[SerializeAsAny[StageConfig], ...] = Field(min_length=1)
     data: str | None = Field("HuggingFaceFW/fineweb-edu:sample-10BT", description="Hub data set without --data")
     heldout_tokens: TokenCount = Field(8192, gt=0, description="tokens kept aside to measure on (per source of a file)")
-    evaluations: int = Field(2, ge=1, description="held-out measurements per stage, the last at its end")
+    evaluations: int = Field(4, ge=1, description="held-out measurements per stage, the last at its end")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 

@@ -194,7 +194,6 @@ def graft(model: PreTrainedModel, plan: tuple[Swap, ...]) -> Graft:
         with torch.device(device):  # type: ignore[arg-type]
             mixer = build_mixer(swap.mixer, swap.shapes)
         student = StudentAttention(attention, mixer.float(), swap.family, swap.shapes)
-        student.train(attention.training)
         model.set_submodule(swap.path, student)
         students[swap.layer] = student
     if plan:

@@ -17,6 +17,11 @@ MAX_EXPONENT = 60.0
 """Key exponents of the `exp` form are cut here: e^60 times a million tokens still fits fp32."""
 
 
+MIN_FEATURE = 1e-12
+"""No feature is smaller (arXiv 2410.10254 does the same): where a query and all keys peak in different features, the sum
+of their products would leave fp32, and its gradient would be NaN."""
+
+
 class HedgehogMap(nn.Module):
     """H learned maps, each K -> 2F non-negative features.
 
@@ -57,10 +62,10 @@ class HedgehogMap(nn.Module):
         if self.bias_HF is not None:
             u_BTHF = u_BTHF + self.bias_HF.to(dtype)
         if self.normalisation == "softmax":
-            return torch.cat([u_BTHF.softmax(-1), (-u_BTHF).softmax(-1)], dim=-1)
+            return torch.cat([u_BTHF.softmax(-1), (-u_BTHF).softmax(-1)], dim=-1).clamp_min(MIN_FEATURE)
         both = torch.cat([u_BTHF, -u_BTHF], dim=-1)
         if self.normalisation == "softmax_joint":
-            return (2 * both).softmax(-1)
+            return (2 * both).softmax(-1).clamp_min(MIN_FEATURE)
         if side == "query":
-            return (both - both.amax(-1, keepdim=True).detach()).exp()
+            return (both - both.amax(-1, keepdim=True).detach()).exp().clamp_min(MIN_FEATURE)
         return both.clamp_max(MAX_EXPONENT).exp()
