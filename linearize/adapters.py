@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import Linear as LoraLinear
 from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import nn
@@ -88,6 +89,8 @@ def merge_lora(model: nn.Module) -> int:
         if not isinstance(module, LoraLayer):
             continue
         base = module.get_base_layer()
+        assert isinstance(module, LoraLinear)  # `add_lora` adapts nothing else
+        assert isinstance(base, nn.Linear)
         delta = module.get_delta_weight(ADAPTER)
         with torch.no_grad():
             base.weight.copy_((base.weight.float() + delta.float()).to(base.weight.dtype))

@@ -87,9 +87,7 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), tokens: int | str | 
     return load(recipe, overrides, tokens)
 
 
-def load_student(
-    folder: str | Path, dtype: "torch.dtype | str" = "auto", device: str = "cpu"
-) -> "PreTrainedModel":
+def load_student(folder: str | Path, dtype: "torch.dtype | str" = "auto", device: str = "cpu") -> "PreTrainedModel":
     """Load a student, refusing weights that do not fit its config; see `linearize.export.load_student`.
 
     Raises:

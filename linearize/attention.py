@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 
@@ -40,7 +41,7 @@ class StudentAttention(nn.Module):
         self.mode: Literal["student", "teacher"] = "student"
         self.observer: Observer | None = None
         self.train(attention.training)
-        attention.training = False  # a teacher does not drop out, and train() and eval() of the model no longer reach it
+        attention.training = False  # a teacher does not drop out; train() of the model no longer reaches it
         self._softmax = (attention,)  # a tuple hides it from nn.Module: its parameters are registered once
 
     def forward(
@@ -74,7 +75,7 @@ class StudentAttention(nn.Module):
     def mix(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """The mixer in its own precision: autocast would round feature maps and running sums to bf16."""
         with full_precision(heads.v_BTGV.device):
-            return self.mixer(heads, state)  # type: ignore[no-any-return]
+            return self.mixer(heads, state)
 
     def _attend_as_teacher(
         self, arguments: dict[str, Any], padding_mask_BT: Tensor | None, segments_BT: Tensor | None
@@ -155,10 +156,10 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     Raises:
         ValueError: for a 4-D mask, which a linear-attention student cannot follow.
     """
-    given = {**dict(zip(signature(trunk.forward).parameters, args)), **kwargs}
+    given = {**dict(zip(signature(trunk.forward).parameters, args, strict=False)), **kwargs}
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     use_cache = given.get("use_cache")
-    cached = given.get("past_key_values") is not None or (trunk.config.use_cache if use_cache is None else use_cache)
+    cached = given.get("past_key_values") is not None or (_default_use_cache(trunk) if use_cache is None else use_cache)
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; a linear-attention student takes the 2-D padding mask "
@@ -168,6 +169,14 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     if segments is None and position_ids is not None and mask is None and not cached:
         segments = find_packed_sequence_indices(position_ids)
     return (), {**given, "padding_mask_BT": mask, "segments_BT": segments}
+
+
+def _default_use_cache(trunk: nn.Module) -> bool:
+    """What transformers assumes when `use_cache` is not given."""
+    config = trunk.config
+    assert isinstance(config, PreTrainedConfig)
+    use_cache: bool = config.use_cache
+    return use_cache
 
 
 def teacher_rows(heads: HeadInputs, scaling: float) -> Callable[[int, int], Tensor]:

@@ -1,13 +1,13 @@
 """Decoding state of student layers, on transformers' own linear-attention cache layer.
 
-Any `Cache` works: a student layer that meets an empty layer of another kind puts its own in its place, so
+Any growing `Cache` works: a student layer that meets an empty layer of another kind puts its own in its place, so
 `generate`, beams and caches made by hand need no special class.
 """
 
 from __future__ import annotations
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer
+from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLayer, StaticLayer
 
 from linearize.mixers.base import MixerState
 
@@ -31,7 +31,7 @@ class StudentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
         self.state = state
         self.seen_tokens += tokens
         self.is_initialized = True
-        self.device, self.dtype = state[0].device, state[0].dtype
+        self.device, self.dtype = state[0].device, state[0].dtype  # type: ignore[assignment]
 
     def get_seq_length(self) -> int:
         return self.seen_tokens
@@ -73,7 +73,7 @@ class StudentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     def lazy_initialization(self, *_args: object) -> None:
         raise RuntimeError("a student layer keeps a mixer state, not keys and values")
 
-    def update(self, *_args: object) -> tuple[torch.Tensor, torch.Tensor]:  # type: ignore[override]
+    def update(self, *_args: object) -> tuple[torch.Tensor, torch.Tensor]:
         raise RuntimeError("a student layer keeps a mixer state, not keys and values")
 
 
@@ -81,17 +81,26 @@ def student_layer(cache: Cache, layer_idx: int) -> StudentCacheLayer:
     """The student's cache layer, put in the place of an empty layer when the cache was made for the teacher.
 
     Raises:
-        RuntimeError: when that layer already holds keys and values: they cannot become a linear-attention state.
+        RuntimeError: when that layer already holds keys and values: they cannot become a linear-attention state; and
+            for a static cache, whose unused entries the softmax layers beside this one would then attend to
+            (transformers masks them only where every layer can be compiled).
     """
     while len(cache.layers) <= layer_idx:  # a cache made without a config grows lazily
+        assert cache.layer_class_to_replicate is not None
         cache.layers.append(cache.layer_class_to_replicate())
     layer = cache.layers[layer_idx]
     if isinstance(layer, StudentCacheLayer):
         return layer
+    if isinstance(layer, StaticLayer):
+        raise RuntimeError(
+            "a linear-attention student cannot decode with a static cache, and needs none: its state does not grow; "
+            "leave out cache_implementation='static', or use a DynamicCache"
+        )
     if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() != 0:
         raise RuntimeError(
             f"layer {layer_idx} of this cache holds keys and values of softmax attention; a linear-attention "
             "student cannot continue from them: start from an empty cache"
         )
-    cache.layers[layer_idx] = StudentCacheLayer()
-    return cache.layers[layer_idx]
+    ours = StudentCacheLayer()
+    cache.layers[layer_idx] = ours
+    return ours

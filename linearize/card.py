@@ -41,7 +41,9 @@ def model_card(recipe: Recipe, facts: CardFacts) -> str:
         for row in facts.perplexity
         if row["ratio"] is not None
     )
-    stages = "\n".join(f"- `{stage.kind}`: {stage.tokens:,} tokens of length {stage.length:,}" for stage in recipe.stages)
+    stages = "\n".join(
+        f"- `{stage.kind}`: {stage.tokens:,} tokens of length {stage.length:,}" for stage in recipe.stages
+    )
     kept = "none" if recipe.keep_softmax == "none" else str(recipe.keep_softmax)
     return f"""---
 {yaml.safe_dump(metadata, sort_keys=False).strip()}

@@ -6,7 +6,7 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -33,30 +33,32 @@ out_console = Console()
 log_console = Console(stderr=True)
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A known name (smollm2, llama, mistral), a Hub id, a folder, or a .gguf file.")
+    str, typer.Option("--model", "-m", help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf.")
 ]
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe ([bold]linearize recipes list[/bold]) or a YAML file.")
 ]
 SetOption = Annotated[
-    Optional[list[str]],
+    list[str] | None,
     typer.Option("--set", help="Override one recipe value, such as stages.0.tokens=2M; may be repeated."),
 ]
 TokensOption = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(help="Total training tokens, such as 150k or 8M, split over the stages as the recipe does."),
 ]
-DeviceOption = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; a GPU is taken when there is one.")]
-TextFieldOption = Annotated[Optional[str], typer.Option(help="The column of the text in parquet, jsonl or a data set.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU is taken when there is one.")]
+TextFieldOption = Annotated[str | None, typer.Option(help="The column of the text in parquet, jsonl or a data set.")]
 
 
 @app.command()
 def convert(
     model: ModelOption,
     recipe: RecipeOption = "hedgehog",
-    out: Annotated[Path, typer.Option("--out", "-o", help="Where the student goes; must be new.")] = Path("out/student"),
+    out: Annotated[Path, typer.Option("--out", "-o", help="Where the student goes; a new folder.")] = Path(
+        "out/student"
+    ),
     data: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
             help="Training text: .parquet, .jsonl, .txt, a folder, or a Hub data set id. Default: the recipe's data "
             "set, or Python's own documentation when the Hub is out of reach."
@@ -64,7 +66,7 @@ def convert(
     ] = None,
     text_field: TextFieldOption = None,
     heldout: Annotated[
-        Optional[str], typer.Option(help="Text to measure on. Default: a part of the training text, kept aside.")
+        str | None, typer.Option(help="Text to measure on. Default: a part of the training text, kept aside.")
     ] = None,
     tokens: TokensOption = None,
     overrides: SetOption = None,
@@ -76,7 +78,8 @@ def convert(
 
     The result is an ordinary Hugging Face folder. Ctrl-C saves; the same command with --resume goes on.
     """
-    from linearize.pipeline import Conversion, convert as run_conversion
+    from linearize.pipeline import Conversion
+    from linearize.pipeline import convert as run_conversion
     from linearize.tables import conversion_report
 
     job = Conversion(
@@ -129,11 +132,11 @@ def evaluate(
     lengths: Annotated[str, typer.Option(help="Window lengths, separated by commas.")] = "512,1024",
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens read per source and length.")] = 8192,
     teacher: Annotated[
-        Optional[str], typer.Option(help="What --model takes. Default: the teacher named in the student's metrics.json.")
+        str | None, typer.Option(help="What --model takes. Default: the teacher named in the student's metrics.json.")
     ] = None,
     no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Measure the student alone.")] = False,
     text_field: TextFieldOption = None,
-    json_file: Annotated[Optional[Path], typer.Option("--json", help="Also write the rows to this file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
     device: DeviceOption = None,
 ) -> None:
     """Perplexity of a student and its teacher on a text, by window length."""

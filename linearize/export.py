@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -72,7 +73,7 @@ def _as_student(graft: Graft, recipe: Recipe) -> PreTrainedModel:
     config_class, model_class = STUDENT_CLASSES[base_model_type(teacher)]
     config = student_config(teacher.config, recipe.mixer, tuple(sorted(graft.students)))
     config.dtype = teacher.dtype
-    config.auto_map = {  # type: ignore[attr-defined]
+    config.auto_map = {
         "AutoConfig": f"modeling_linearized.{config_class.__name__}",
         "AutoModelForCausalLM": f"modeling_linearized.{model_class.__name__}",
     }
@@ -131,14 +132,15 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except OSError as error:
         raise RunError(" ".join(str(error).split()), place=str(folder)) from None
     finally:
         if shown:
             hf_logging.enable_progress_bar()
+    model: PreTrainedModel
+    model, info = loaded
     wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
     if wrong:
         raise RunError(f"its weights do not fit its config: {json.dumps(wrong)[:500]}", place=str(folder))
-    return model.eval().to(device)
-
+    return model.eval().to(torch.device(device))

@@ -14,8 +14,8 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from linearize.card import CardFacts, model_card
 from linearize.adapters import lora_parameters
+from linearize.card import CardFacts, model_card
 from linearize.checkpoint import load_latest, seed_all
 from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
 from linearize.errors import DataError
@@ -29,7 +29,7 @@ from linearize.run_folder import RunFolder, open_run_folder, write_json
 from linearize.stages import build_stage
 from linearize.surgery import Graft, graft, plan_surgery
 from linearize.teacher import Teacher, load_teacher
-from linearize.train import FitSettings, Run, fit
+from linearize.train import FitSettings, Run, check_budget, fit
 
 POOLED = "held-out"
 """The name of text that was kept aside from the training text, over all its sources."""
@@ -98,6 +98,8 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     """
     console = console or Console(stderr=True)
     recipe = load_recipe(job.recipe, job.overrides, job.tokens)
+    for index, stage in enumerate(recipe.stages):
+        check_budget(stage, index)
     with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         machine = _machine(job, recipe, folder)
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
@@ -152,9 +154,7 @@ def _corpus(job: Conversion, recipe: Recipe, teacher: Teacher, console: Console)
     return corpus
 
 
-def _heldout(
-    job: Conversion, recipe: Recipe, teacher: Teacher, corpus: Corpus
-) -> tuple[dict[str, np.ndarray], int]:
+def _heldout(job: Conversion, recipe: Recipe, teacher: Teacher, corpus: Corpus) -> tuple[dict[str, np.ndarray], int]:
     """Held-out tokens by source, and the length of the windows they are read in.
 
     Raises:

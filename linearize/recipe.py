@@ -19,7 +19,6 @@ from linearize.paths import shipped
 from linearize.stages import STAGES, StageConfig
 from linearize.surgery import KeepSoftmax
 
-
 MIN_STEPS = 100
 """`--tokens` shrinks a stage's batch before it lets the stage fall below this many optimiser steps."""
 
@@ -200,8 +199,9 @@ def _part(values: Any, key: str, table: Mapping[str, type[Config]], source: _Sou
     if not isinstance(values, dict) or "kind" not in values:
         raise RecipeError(f"{key} needs a `kind`, one of: {known}", place=source.place(key))
     if values["kind"] not in table:
-        raise RecipeError(f"{key}.kind: {unknown_name('kind', str(values['kind']), table)}",
-                          place=source.place(f"{key}.kind"))
+        raise RecipeError(
+            f"{key}.kind: {unknown_name('kind', str(values['kind']), table)}", place=source.place(f"{key}.kind")
+        )
     return _validate(table[values["kind"]], values, key, source)
 
 
@@ -239,4 +239,3 @@ def _field_names(model: type[Config], path: Sequence[Any]) -> list[str]:
             return []
         model = nested[0]
     return list(model.model_fields)
-

@@ -14,7 +14,6 @@ from typing import Any
 
 from linearize.errors import RunError
 
-
 SAME = ("model", "recipe_hash", "text", "seed")
 """Facts that a resumed run must share with the run it goes on with."""
 
@@ -53,8 +52,11 @@ class RunFolder:
             RunError: naming every difference.
         """
         began = self.facts()
-        different = [f"{name} (was {began[name]!r}, is {facts[name]!r})" for name in SAME if began and (
-            began[name] != facts[name])]
+        different = [
+            f"{name} (was {began[name]!r}, is {facts[name]!r})"
+            for name in SAME
+            if began and (began[name] != facts[name])
+        ]
         if different:
             raise RunError(
                 "this run began with another " + " and another ".join(different),

@@ -98,9 +98,7 @@ def layers_to_keep(keep: KeepSoftmax, layers: int) -> frozenset[int]:
     assert isinstance(keep, tuple)
     wrong = [index for index in keep if not 0 <= index < layers]
     if wrong:
-        raise SurgeryError(
-            f"layers {wrong} do not exist; the model has layers 0 to {layers - 1}", place="keep_softmax"
-        )
+        raise SurgeryError(f"layers {wrong} do not exist; the model has layers 0 to {layers - 1}", place="keep_softmax")
     return frozenset(keep)
 
 
@@ -108,13 +106,13 @@ def head_shapes(attention: nn.Module, family: ModelFamily, config: object) -> He
     """Sizes read off the projections themselves: head_dim may differ from hidden / heads."""
     heads: int = config.num_attention_heads  # type: ignore[attr-defined]
     key_heads: int = config.num_key_value_heads  # type: ignore[attr-defined]
-    query, key, value = (attention.get_submodule(name) for name in (family.query, family.key, family.value))
+    query, value = attention.get_submodule(family.query), attention.get_submodule(family.value)
     return HeadShapes(
         width=query.in_features,  # type: ignore[arg-type]
         query_heads=heads,
         key_heads=key_heads,
-        key_width=query.out_features // heads,  # type: ignore[operator]
-        value_width=value.out_features // key_heads,  # type: ignore[operator]
+        key_width=query.out_features // heads,  # type: ignore[operator, arg-type]
+        value_width=value.out_features // key_heads,  # type: ignore[operator, arg-type]
         scaling=attention.scaling,  # type: ignore[arg-type]
     )
 
@@ -162,8 +160,10 @@ def plan_surgery(model: PreTrainedModel, mixer: MixerConfig, keep_softmax: KeepS
         if index in keep:
             continue
         attention = layer.get_submodule(family.attention)
-        found = ["already a student layer"] if isinstance(attention, StudentAttention) else (
-            find_misfits(attention, family, model.config)
+        found = (
+            ["already a student layer"]
+            if isinstance(attention, StudentAttention)
+            else (find_misfits(attention, family, model.config))
         )
         misfits += [f"layer {index}: {reason}" for reason in found]
         if not found:

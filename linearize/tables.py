@@ -141,7 +141,8 @@ def doctor_report(findings: Sequence[Finding]) -> RenderableType:
         verdict = "[green]ok[/green]" if finding.passed else "[bold red]FAILED[/bold red]"
         table.add_row(finding.check, f"{finding.difference:.1e}", f"{finding.tolerance:.0e}", verdict, finding.note)
     failed = [finding.check for finding in findings if not finding.passed]
-    verdict = f"[bold red]{len(failed)} failed: {', '.join(failed)}[/bold red]" if failed else "[green]All passed.[/green]"
+    bad = f"[bold red]{len(failed)} failed: {', '.join(failed)}[/bold red]"
+    verdict = bad if failed else "[green]All passed.[/green]"
     return Group(table, verdict)
 
 

@@ -7,12 +7,12 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from accelerate import Accelerator
@@ -38,6 +38,14 @@ from linearize.checkpoint import (
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
+
+
+class Batches(Protocol):
+    """Micro-batches by number: a list, or `PackedRows`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Batch: ...
 
 
 @dataclass(frozen=True)
@@ -103,7 +111,7 @@ class FitResult:
     peak_memory_bytes: int
 
 
-def fit(stage: Stage, batches: Sequence[Batch], run: Run, settings: FitSettings) -> FitResult:
+def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitResult:
     """Train `stage` for `stage.config.steps` optimiser steps, from its start or from `run.checkpoint`.
 
     Sets `requires_grad` of the stage's parameters; freezing the others, and putting it back, is the caller's part.
@@ -119,7 +127,8 @@ def fit(stage: Stage, batches: Sequence[Batch], run: Run, settings: FitSettings)
         RunInterrupted: on SIGINT or SIGTERM, after the current step and a checkpoint.
     """
     config = stage.config
-    _check_budget(config, len(batches), run)
+    check_budget(config, run.stage_index)
+    _check_batches(config, len(batches), run)
     parameters = _trainable(stage, run)
     device = next(iter(parameters.values())).device
     accelerator = _accelerator(device, settings.mixed_precision, config.accumulation)
@@ -189,8 +198,13 @@ SCHEDULES: dict[str, Callable[[int, int, int, OptimizerConfig], float]] = {
 }
 
 
-def _check_budget(config: StageConfig, micro_batches: int, run: Run) -> None:
-    place = f"stages.{run.stage_index}"
+def check_budget(config: StageConfig, stage_index: int) -> None:
+    """Refuse a stage that would take no step.
+
+    Raises:
+        RunError: its tokens are fewer than one batch has.
+    """
+    place = f"stages.{stage_index}"
     if config.steps == 0:
         needed = config.length * config.batch
         raise RunError(
@@ -200,6 +214,10 @@ def _check_budget(config: StageConfig, micro_batches: int, run: Run) -> None:
             remedy=f"Raise it with `--tokens {needed}` or more, or lower the batch with "
             f"`--set {place}.batch={max(1, config.tokens // config.length)}`.",
         )
+
+
+def _check_batches(config: StageConfig, micro_batches: int, run: Run) -> None:
+    place = f"stages.{run.stage_index}"
     needed = config.steps * config.accumulation
     if micro_batches < needed:
         raise RunError(
@@ -286,7 +304,7 @@ def _begin(
 
 
 def _forward_backward(
-    stage: Stage, batches: Sequence[Batch], first: int, accelerator: Accelerator, device: torch.device
+    stage: Stage, batches: Batches, first: int, accelerator: Accelerator, device: torch.device
 ) -> tuple[list[Mapping[str, Tensor]], int]:
     """Add up the gradients of one step's micro-batches, from number `first` on; their metrics, and their tokens."""
 

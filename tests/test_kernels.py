@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from linearize_kernels import LinearState, linear_attention
 from linearize_kernels.linear_attention.chunk import chunk_linear_attention
 from linearize_kernels.linear_attention.naive import naive_linear_attention
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 HEADS = {  # H, J, G
     "equal": (4, 4, 4),

@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from linearize_kernels.linear_attention.naive import naive_linear_attention
 from torch import Tensor
 
 from linearize.errors import RecipeError
@@ -25,6 +24,7 @@ from linearize.mixers import (
 )
 from linearize.mixers.feature_maps import MAX_EXPONENT, HedgehogMap
 from linearize.mixers.hedgehog import HedgehogConfig
+from linearize_kernels.linear_attention.naive import naive_linear_attention
 
 CASES: dict[str, MixerConfig] = {name: entry.config() for name, entry in MIXERS.items()} | {
     "hedgehog-exp": HedgehogConfig(normalisation="exp"),
@@ -70,9 +70,7 @@ def heads_of(length: int, key_heads: int = 2, dtype: torch.dtype = torch.float64
         return torch.randn(batch, length, *sizes, generator=generator, dtype=torch.float64).to(dtype)
 
     rope = rope_at(torch.arange(length).expand(batch, -1), dtype)
-    return HeadInputs(
-        draw(WIDTH), draw(HEADS, KEY), draw(key_heads, KEY), draw(key_heads, VALUE), rope=rope
-    )
+    return HeadInputs(draw(WIDTH), draw(HEADS, KEY), draw(key_heads, KEY), draw(key_heads, VALUE), rope=rope)
 
 
 def cut(heads: HeadInputs, where: slice | Tensor, rows: slice = slice(None)) -> HeadInputs:

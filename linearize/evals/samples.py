@@ -36,7 +36,7 @@ def generate_texts(
     torch.manual_seed(sampling.seed)
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sample else {}
     with torch.no_grad():
-        tokens = model.generate(
+        tokens = model.generate(  # type: ignore[operator]
             input_ids=inputs["input_ids"],
             attention_mask=inputs["attention_mask"],
             max_new_tokens=sampling.max_new_tokens,
@@ -65,8 +65,10 @@ def generate_from_folder(
         if tokenizer.chat_template is None:
             raise RunError("its tokenizer has no chat template", place=folder, remedy="Leave out --chat.")
         prompts = [
-            tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+            str(
+                tokenizer.apply_chat_template(
+                    [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
+                )
             )
             for prompt in prompts
         ]

@@ -47,4 +47,4 @@ def mixer_config(values: dict[str, object]) -> MixerConfig:
 
 def build_mixer(config: MixerConfig, shapes: HeadShapes) -> StudentMixer:
     """Construct a mixer with its initial values set."""
-    return MIXERS[config.kind].module(config, shapes)  # type: ignore[call-arg]
+    return MIXERS[config.kind].module(config, shapes)

@@ -18,8 +18,8 @@ MAX_EXPONENT = 60.0
 
 
 MIN_FEATURE = 1e-12
-"""No feature is smaller (arXiv 2410.10254 does the same): where a query and all keys peak in different features, the sum
-of their products would leave fp32, and its gradient would be NaN."""
+"""No feature is smaller (arXiv 2410.10254 does the same): where a query and all keys peak in different features, the
+sum of their products would leave fp32, and its gradient would be NaN."""
 
 
 class HedgehogMap(nn.Module):

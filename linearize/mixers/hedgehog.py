@@ -8,12 +8,12 @@ from __future__ import annotations
 from typing import Literal
 
 import torch
-from linearize_kernels import LinearState, linear_attention
 from pydantic import Field
 from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+from linearize_kernels import LinearState, linear_attention
 
 
 class HedgehogConfig(MixerConfig):

@@ -90,7 +90,11 @@ class Stage(Protocol):
     """What `train.fit` needs of a stage."""
 
     name: str
-    config: StageConfig
+
+    @property
+    def config(self) -> StageConfig:
+        """Budget and optimiser."""
+        ...
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         """The parameters this stage trains, by their names in the model. Everything else is frozen."""

@@ -6,7 +6,7 @@ The teacher is the same model with its softmax back and its adapters off: one co
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from pydantic import Field, model_validator
@@ -49,7 +49,7 @@ class Distil:
         if config.lora is not None:
             add_lora(graft.model, config.lora)
             for layer in lora_layers(graft.model):
-                layer.train()  # its dropout; the rest of the model stays in eval mode
+                cast(nn.Module, layer).train()  # its dropout; the rest of the model stays in eval mode
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         mixers = self.graft.mixer_parameters() if self.config.train_mixers else {}

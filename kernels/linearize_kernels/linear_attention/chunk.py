@@ -50,9 +50,9 @@ def chunk_linear_attention(
 
     # What each chunk adds to the running sums; folding M into rows means values are never repeated.
     writes_BNJCF = k_BNJCF if carried is None else k_BNJCF * carried.writes_BNC[:, :, None, :, None]
-    added_s = (
-        writes_BNJCF.transpose(-1, -2).unflatten(2, (value_heads, shared)).flatten(3, 4) @ v_BNGCV
-    ).view(batch, count, key_heads, features, width)
+    added_s = (writes_BNJCF.transpose(-1, -2).unflatten(2, (value_heads, shared)).flatten(3, 4) @ v_BNGCV).view(
+        batch, count, key_heads, features, width
+    )
     added_z = writes_BNJCF.sum(3)
     ends_s, ends_z = _running_sum(added_s, carried), _running_sum(added_z, carried)
     if state is not None:

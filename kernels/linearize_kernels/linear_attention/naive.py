@@ -6,9 +6,7 @@ import torch
 from torch import Tensor
 
 
-def naive_linear_attention(
-    q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, segments_BT: Tensor | None = None
-) -> Tensor:
+def naive_linear_attention(q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, segments_BT: Tensor | None = None) -> Tensor:
     """y [B, T, H, V] by the full T x T weight matrix, in the inputs' precision (use fp32 or fp64)."""
     heads, length = q_BTHF.shape[2], q_BTHF.shape[1]
     k_BTHF = k_BTJF.repeat_interleave(heads // k_BTJF.shape[2], dim=2)

@@ -1,0 +1,321 @@
+"""The whole flow on a tiny teacher: convert, interrupt, resume, export, reload, doctor, command line."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import linearize
+from linearize.cli import main
+from linearize.doctor import CHECKS, Patient, difference, examine, examine_folder
+from linearize.errors import LinearizeError, NonFiniteLossError, RunError, RunInterrupted
+from linearize.export import load_student
+from linearize.metrics import TIMING_FIELDS, read_metrics
+from linearize.pipeline import Conversion, convert
+from linearize.stages.distil import Distil
+from linearize.stages.transfer import Transfer
+
+SHORT = (
+    "stages.0.length=32",
+    "stages.1.length=32",
+    "stages.0.batch=2",
+    "stages.0.micro_batch=1",
+    "stages.1.batch=2",
+    "stages.1.micro_batch=1",
+    "stages.0.tokens=640",
+    "stages.1.tokens=640",
+    "stages.1.lora.dropout=0.1",
+    "heldout_tokens=256",
+    "precision=fp32",
+)
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(make_teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({"<end>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = random.Random(0)
+    lines = [" ".join(words.choices(["tide", "salt", "gull", "rope", "keel", "mast"], k=60)) for _ in range(40)]
+    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return path
+
+
+@pytest.fixture
+def job(teacher_folder, text_file, tmp_path):
+    def make(out: str = "student", *overrides: str, resume: bool = False, overwrite: bool = False) -> Conversion:
+        return Conversion(
+            model=str(teacher_folder),
+            out=tmp_path / out,
+            data=str(text_file),
+            overrides=(*SHORT, *overrides),
+            device="cpu",
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def student(teacher_folder, text_file, tmp_path_factory):
+    out = tmp_path_factory.mktemp("out") / "student"
+    mixed = (*SHORT, "keep_softmax=[1]")
+    job = Conversion(model=str(teacher_folder), out=out, data=str(text_file), overrides=mixed, device="cpu")
+    return convert(job, Console(quiet=True))
+
+
+def test_convert_writes_a_loadable_measured_student(student, teacher_folder):
+    facts = json.loads((student.folder / "metrics.json").read_text())
+    assert facts["model"] == str(teacher_folder)
+    assert [stage["name"] for stage in facts["stages"]] == ["transfer", "distil"]
+    assert facts["perplexity"][0]["student"] == pytest.approx(student.student.perplexity["held-out"])
+    after_training = student.stages[-1]["metrics"]["eval/held-out"]
+    assert student.student.perplexity["held-out"] == pytest.approx(after_training, rel=1e-4)  # merging rounds
+    card = (student.folder / "README.md").read_text()
+    assert card.startswith("---\nbase_model:")
+    assert "linear-attention" in card
+    model = AutoModelForCausalLM.from_pretrained(student.folder)
+    tokens = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    assert tokens.shape[1] <= 7
+    assert not list(student.folder.glob(".export*"))
+
+
+def test_transfer_lowers_the_error(student):
+    records = read_metrics(student.folder / "run" / "metrics.jsonl")
+    errors = [record["error"] for record in records if record["stage"] == 0]
+    assert errors[-1] < errors[0]
+
+
+def test_doctor_is_green_on_the_export(student):
+    findings = examine_folder(student.folder)
+    assert len(findings) == len(CHECKS) + 1
+    assert [finding.check for finding in findings if not finding.passed] == []
+
+
+@pytest.mark.parametrize("kept", ["none", "[0, 1, 2]"])
+def test_doctor_is_green_on_all_student_and_all_softmax_models(kept, make_teacher):
+    from linearize.recipe import load_recipe
+    from linearize.surgery import graft, plan_surgery
+
+    model = make_teacher()
+    if kept == "none":
+        recipe = load_recipe("hedgehog")
+        model = _as_exported(graft(model, plan_surgery(model, recipe.mixer)), recipe)
+    assert [finding.check for finding in examine(model) if not finding.passed] == []
+
+
+def _as_exported(grafted, recipe):
+    from linearize.modeling import STUDENT_CLASSES, student_config
+
+    config = student_config(grafted.model.config, recipe.mixer, tuple(grafted.students))
+    model = STUDENT_CLASSES["llama"][1](config)
+    model.load_state_dict(grafted.model.state_dict())
+    return model.eval()
+
+
+def test_doctor_finds_a_mixer_that_decodes_something_else(student, monkeypatch):
+    package = importlib.import_module("linearize_kernels.linear_attention")
+
+    def forgetful(q, k, v, state):
+        return package.chunk_linear_attention(q, k, v, None)
+
+    monkeypatch.setattr(package, "step_linear_attention", forgetful)
+    model = load_student(student.folder, dtype=torch.float32)
+    failed = {finding.check for finding in examine(model) if not finding.passed}
+    assert "whole = token by token" in failed
+
+
+def test_doctor_finds_altered_weights(student, tmp_path):
+    import shutil
+
+    folder = tmp_path / "altered"
+    shutil.copytree(student.folder, folder)
+    model = load_student(folder)
+    with torch.no_grad():
+        model.lm_head.weight.add_(0.05 * torch.randn_like(model.lm_head.weight))
+    model.save_pretrained(folder)
+    failed = {finding.check for finding in examine_folder(folder) if not finding.passed}
+    assert failed == {"reloaded = as trained"}
+
+
+def test_difference_of_nan_is_infinite():
+    assert difference(torch.tensor([float("nan")]), torch.ones(1)) == float("inf")
+    assert difference(torch.ones(1), torch.ones(1)) == 0
+
+
+def test_doctor_sees_the_whole_sequence_once(make_teacher):
+    patient = Patient.of(make_teacher())
+    assert patient.whole_BTV.shape[:2] == patient.tokens_BT.shape
+
+
+def _losses(folder: Path) -> list[dict]:
+    records = read_metrics(folder / "run" / "metrics.jsonl")
+    return [{name: value for name, value in record.items() if name not in TIMING_FIELDS} for record in records]
+
+
+def test_interrupted_at_three_random_steps_and_resumed_is_the_same_run(job, monkeypatch):
+    whole = convert(job("whole"), Console(quiet=True))
+    stop_at = sorted(random.Random(7).sample(range(2, 38), 3))
+    seen = {"calls": 0}
+
+    def stopping(original):
+        def train_micro_batch(self, batch, backward):
+            seen["calls"] += 1
+            if stop_at and seen["calls"] == stop_at[0]:
+                stop_at.pop(0)
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original(self, batch, backward)
+
+        return train_micro_batch
+
+    for stage in (Transfer, Distil):
+        monkeypatch.setattr(stage, "train_micro_batch", stopping(stage.train_micro_batch))
+    interruptions = 0
+    while True:
+        try:
+            broken = convert(job("broken", resume=interruptions > 0), Console(quiet=True))
+            break
+        except RunInterrupted as stopped:
+            assert "--resume" in str(stopped)
+            interruptions += 1
+    assert interruptions == 3
+    assert _losses(broken.folder) == _losses(whole.folder)
+    assert broken.student == whole.student
+    left, right = load_student(whole.folder).state_dict(), load_student(broken.folder).state_dict()
+    assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_good_state(job, monkeypatch):
+    plain = Transfer.train_micro_batch
+    calls = {"count": 0}
+
+    def poisoned(self, batch, backward):
+        calls["count"] += 1
+        return plain(self, batch, (lambda loss: backward(loss * float("nan"))) if calls["count"] == 7 else backward)
+
+    monkeypatch.setattr(Transfer, "train_micro_batch", poisoned)
+    with pytest.raises(NonFiniteLossError, match="step"):
+        convert(job("nan"), Console(quiet=True))
+    monkeypatch.setattr(Transfer, "train_micro_batch", plain)
+    resumed = convert(job("nan", resume=True), Console(quiet=True))
+    whole = convert(job("whole"), Console(quiet=True))
+    assert _losses(resumed.folder) == _losses(whole.folder)
+
+
+def test_resume_refuses_another_recipe(job):
+    convert(job("first"), Console(quiet=True))
+    with pytest.raises(RunError, match="recipe_hash"):
+        convert(job("first", "stages.0.optimizer.lr=0.5", resume=True), Console(quiet=True))
+
+
+def test_resume_of_a_finished_run_writes_the_same_student(job):
+    first = convert(job("first"), Console(quiet=True))
+    again = convert(job("first", resume=True), Console(quiet=True))
+    assert again.student == first.student
+
+
+def test_an_existing_folder_is_refused_and_kept(job, tmp_path):
+    folder = tmp_path / "taken"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("years of work")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="taken"):
+            convert(job("taken", overwrite=overwrite), Console(quiet=True))
+    assert (folder / "thesis.txt").read_text() == "years of work"
+
+
+def test_python_api(teacher_folder, text_file, tmp_path):
+    result = linearize.convert(
+        str(teacher_folder), data=str(text_file), overrides=SHORT, out=tmp_path / "api", device="cpu", quiet=True
+    )
+    assert linearize.load_student(result.folder).config.linearize["layers"] == [0, 1, 2]
+    assert linearize.load_recipe("hedgehog").name == "hedgehog"
+
+
+def _run_cli(monkeypatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["linearize", *words])
+    try:
+        return main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+def test_command_line_generates_evaluates_and_examines(student, text_file, tmp_path, monkeypatch, capsys):
+    folder = str(student.folder)
+    assert _run_cli(monkeypatch, "generate", folder, "tide salt", "gull", "--max-new-tokens", "5") == 0
+    assert "tide salt" in capsys.readouterr().out
+    assert _run_cli(monkeypatch, "generate", folder, "tide", "--beams", "3", "--device", "cpu") == 0
+    rows = tmp_path / "rows.json"
+    words = ["eval", folder, "--text", str(text_file), "--lengths", "32,64", "--max-tokens", "256"]
+    assert _run_cli(monkeypatch, *words, "--json", str(rows)) == 0
+    assert {row["length"] for row in json.loads(rows.read_text())} == {32, 64}
+    assert _run_cli(monkeypatch, *words, "--no-teacher") == 0
+    capsys.readouterr()
+    assert _run_cli(monkeypatch, "doctor", folder, "--json") == 0
+    assert all(finding["passed"] for finding in json.loads(capsys.readouterr().out))
+
+
+def test_command_line_plans_and_shows_recipes(teacher_folder, monkeypatch, capsys):
+    sets = [word for override in SHORT for word in ("--set", override)]
+    assert _run_cli(monkeypatch, "plan", "--model", str(teacher_folder), *sets, "--device", "cpu") == 0
+    planned = capsys.readouterr().out
+    assert "3 of 3 layers become hedgehog" in planned
+    assert "tokens/s" in planned
+    assert _run_cli(monkeypatch, "recipes", "list") == 0
+    assert _run_cli(monkeypatch, "recipes", "show", "hedgehog") == 0
+    assert "arXiv 2402.04347" in capsys.readouterr().out
+    assert _run_cli(monkeypatch, "recipes", "validate", "hedgehog", "--set", "stages.0.tokens=2M") == 0
+    assert "tokens: 2000000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["recipes", "show", "hedgehod"], "hedgehog"),
+        (["recipes", "validate", "hedgehog", "--set", "mixer.normalisatoin=exp"], "normalisation"),
+        (["convert", "--model", "smolm2", "--out", "OUT"], "smollm2"),
+        (["convert", "--model", "TEACHER", "--out", "OUT", "--data", "no/such/file.txt"], "no/such/file.txt"),
+        (["convert", "--model", "TEACHER", "--out", "OUT", "--data", "TEXT", "--tokens", "40"], "smaller than one"),
+        (["convert", "--model", "TEACHER", "--out", "OUT", "--data", "TEXT", "--text-field", "words"], "words"),
+        (["convert", "--model", "TEACHER", "--out", "OUT", "--device", "abacus"], "abacus"),
+        (["eval", "OUT", "--text", "TEXT"], "metrics.json"),
+        (["generate", "OUT", "hello"], "OUT"),
+        (["doctor", "OUT"], "OUT"),
+    ],
+)
+def test_bad_input_is_one_paragraph_and_exit_code_2(
+    words, said, teacher_folder, text_file, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    names = {"TEACHER": str(teacher_folder), "TEXT": str(text_file), "OUT": str(tmp_path / "OUT")}
+    (tmp_path / "OUT").mkdir()
+    code = _run_cli(monkeypatch, *(names.get(word, word) for word in words))
+    printed = capsys.readouterr().err
+    assert code == 2, printed
+    assert said in printed.replace("\n", "")
+    assert "Traceback" not in printed
+
+
+def test_errors_are_value_errors():
+    assert issubclass(LinearizeError, ValueError)
