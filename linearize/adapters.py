@@ -41,14 +41,18 @@ def lora_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Adapt every module whose name ends in one of `settings.targets`; in fp32, starting as no change.
 
-    A second call with a model that has adapters goes on with them.
+    A second call with a model that has adapters goes on with them. The head over the vocabulary is no target: teacher
+    and student share it.
 
     Raises:
-        RecipeError: when a target names no module.
+        RecipeError: when a target names no module, or the model's adapters have other settings.
     """
     if lora_layers(model):
+        _check_same(model, settings)
         return
-    leaves = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    head = model.get_output_embeddings()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    leaves = {name.rpartition(".")[2] for name, module in linears.items() if module is not head}
     unknown = [target for target in settings.targets if target not in leaves]
     if unknown:
         raise RecipeError(
@@ -64,6 +68,23 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     for parameter in lora_parameters(model).values():
         parameter.data = parameter.data.float()
+
+
+def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:
+    """Refuse settings that differ from those the model's adapters were made with."""
+    config: LoraConfig = model.peft_config[ADAPTER]  # type: ignore[index, assignment]  # peft puts it there
+    made = LoraSettings(
+        r=config.r,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        targets=tuple(sorted(config.target_modules or ())),
+    )
+    if made != settings.model_copy(update={"targets": tuple(sorted(set(settings.targets)))}):
+        raise RecipeError(
+            f"the model has adapters of an earlier stage with other settings: {made}",
+            place="lora",
+            remedy="Stages share their adapters: give every stage the same lora, or null.",
+        )
 
 
 @contextmanager

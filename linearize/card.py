@@ -51,7 +51,7 @@ def model_card(recipe: Recipe, facts: CardFacts) -> str:
 
 # Linear-attention student of {facts.teacher}
 
-Made with [linearize](https://pypi.org/project/linearize/): softmax attention was replaced by `{recipe.mixer.kind}`
+Made with linearize: softmax attention was replaced by `{recipe.mixer.kind}`
 ({recipe.paper or "no paper"}), recipe `{recipe.name}`; layers kept softmax: {kept}.
 
 Teacher: {facts.teacher_origin}

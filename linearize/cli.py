@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import sys
@@ -224,6 +225,12 @@ def main() -> int:
         app()
     except LinearizeError as error:
         log_console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False)
+        return USER_ERROR
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        remedy = "Nothing saved is lost: free space, then repeat the command with --resume."
+        log_console.print(f"[bold red]error[/bold red] {escape(str(error))}. {remedy}", highlight=False)
         return USER_ERROR
     except RunInterrupted as stopped:
         log_console.print(escape(str(stopped)), highlight=False)

@@ -33,18 +33,20 @@ LENGTHS = (1, 63, 64, 65, 150)
 """Where sequences are split: around the chunk of 64 tokens that is computed at once, and far from it."""
 
 
-PASSAGE = """A river does not carry its water in memory. What arrives at the mouth has passed a thousand bends, and at each
-of them something was kept: silt, a colour, a little warmth. Nobody downstream can ask which stone the water
-touched on Tuesday, and yet the taste of it says granite or chalk, meadow or mill. A lake is different. It
-holds every drop it was given, and to learn what fell in the spring you may lower a bottle on a string to the
-depth where spring is stored. The lake pays for this with its size; the river pays with what it forgets.
+PASSAGE = """A river does not carry its water in memory. What arrives at the mouth has passed a thousand bends, and
+at each of them something was kept: silt, a colour, a little warmth. Nobody downstream can ask which
+stone the water touched on Tuesday, and yet the taste of it says granite or chalk, meadow or mill. A
+lake is different. It holds every drop it was given, and to learn what fell in the spring you may lower
+a bottle on a string to the depth where spring is stored. The lake pays for this with its size; the
+river pays with what it forgets.
 
-An engineer who builds a canal must choose. She wants the canal to be narrow, because digging is dear, and she
-wants the town at its end to know what the mountains said. So she measures. On the first day she pours red dye
-into the spring and waits at the lock with a white plate. On the second day she pours half as much. On the
-third day she pours it at noon instead of dawn, and asks the keeper, who does not know the hour, to guess it
-from the plate. When he guesses well, the canal is wide enough. When he guesses badly, she does not blame the
-dye: she writes the figure down, with the date, and digs again where the walls are rough.
+An engineer who builds a canal must choose. She wants the canal to be narrow, because digging is dear,
+and she wants the town at its end to know what the mountains said. So she measures. On the first day she
+pours red dye into the spring and waits at the lock with a white plate. On the second day she pours half
+as much. On the third day she pours it at noon instead of dawn, and asks the keeper, who does not know
+the hour, to guess it from the plate. When he guesses well, the canal is wide enough. When he guesses
+badly, she does not blame the dye: she writes the figure down, with the date, and digs again where the
+walls are rough.
 """
 """The text that models are examined with, when they have a tokenizer."""
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
@@ -56,15 +57,22 @@ def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Rec
         save_file(probe(graft.model), aside / PROBE_FILE)
         (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
+            path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
             os.replace(path, folder / path.name)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors has its own word for a full disk
         raise RunError(
-            f"the student could not be written: {error.strerror or error}",
+            f"the student could not be written: {error}",
             place=str(folder),
             remedy="Its last checkpoint is kept: free space or choose rights, then run again with --resume.",
         ) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _as_student(graft: Graft, recipe: Recipe) -> PreTrainedModel:
