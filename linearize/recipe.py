@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError
+from pydantic import Field, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, field_validator
 
 from linearize.config import Config, TokenCount, parse_count
 from linearize.errors import RecipeError, unknown_name
@@ -37,6 +38,16 @@ class Recipe(Config):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     seed: int = 0
 
+    @field_validator("keep_softmax", mode="wrap")
+    @classmethod
+    def _one_sentence(cls, value: Any, validate: ValidatorFunctionWrapHandler) -> Any:
+        """One message instead of one for each form the value could have had."""
+        try:
+            return validate(tuple(value) if isinstance(value, list) else value)
+        except ValidationError:
+            forms = "`none`, a list of layer numbers such as [0, 12], or {every: 4}"
+            raise ValueError(f"must be {forms} (got {value!r})") from None
+
     @property
     def tokens(self) -> int:
         """Training tokens over all stages."""
@@ -52,13 +63,17 @@ class _Source(NamedTuple):
     """Where a value came from, for error messages."""
 
     name: str
-    lines: Mapping[str, int]
+    places: dict[str, str]  # of every key: a line of the file, or the --set that gave it
 
     def place(self, key: str) -> str:
-        while key and key not in self.lines:
+        while key and key not in self.places:
             key = key.rpartition(".")[0]
-        line = f", line {self.lines[key]}" if key else ""
-        return f"{self.name}{line}"
+        return self.places[key] if key else self.name
+
+    def override(self, key: str, place: str) -> None:
+        for old in [old for old in self.places if f"{old}.".startswith(f"{key}.")]:
+            del self.places[old]
+        self.places[key] = place
 
 
 def recipe_names() -> list[str]:
@@ -95,9 +110,9 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), tokens: int | str | 
     """
     path = find_recipe(recipe)
     values, lines = _read_yaml(path)
-    source = _Source(str(path), lines)
+    source = _Source(str(path), {key: f"{path}, line {line}" for key, line in lines.items()})
     for override in overrides:
-        _apply_override(values, override)
+        source.override(_apply_override(values, override), f"--set {override}")
     checked = _check(values, source)
     return checked if tokens is None else _scale(checked, tokens)
 
@@ -130,16 +145,26 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     except yaml.YAMLError as error:
         raise RecipeError(f"is not YAML: {' '.join(str(error).split())}", place=str(path)) from None
     if not isinstance(values, dict):
-        raise RecipeError(f"holds {type(values).__name__}, not keys and values", place=str(path))
+        found = "nothing" if values is None else type(values).__name__
+        raise RecipeError(f"holds {found}, not keys and values", place=str(path))
     lines: dict[str, int] = {}
-    _collect_lines(node, "", lines)
+    try:
+        _collect_lines(node, "", lines)
+    except KeyError as error:
+        key, line = error.args
+        raise RecipeError(f"{key}: is given twice", place=f"{path}, line {line}") from None
+    except RecursionError:
+        raise RecipeError("holds an alias of itself", place=str(path)) from None
     return values, lines
 
 
 def _collect_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -> None:
+    """Note the line of every key. Raises KeyError(key, line) for one given twice: YAML would silently take the last."""
     if isinstance(node, yaml.MappingNode):
         for key, value in node.value:
             name = f"{prefix}.{key.value}".lstrip(".")
+            if name in lines:
+                raise KeyError(name, key.start_mark.line + 1)
             lines[name] = key.start_mark.line + 1
             _collect_lines(value, name, lines)
     elif isinstance(node, yaml.SequenceNode):
@@ -149,17 +174,21 @@ def _collect_lines(node: yaml.Node | None, prefix: str, lines: dict[str, int]) -
             _collect_lines(value, name, lines)
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
-    """Set `stages.0.tokens=2M` in plain data; the check afterwards refuses unknown keys."""
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """Set `stages.0.tokens=2M` in plain data and return its key; the check afterwards refuses unknown keys."""
     place = f"--set {override}"
     path, equals, text = override.partition("=")
     keys = path.strip().split(".")
     if not equals or not all(keys):
-        raise RecipeError("is not of the form key.key=value", place=place, remedy="Example: stages.0.tokens=2M")
+        raise RecipeError("is not of the form key.key=value.", place=place, remedy="Example: stages.0.tokens=2M")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"the value is not YAML: {' '.join(str(error).split())}", place=place) from None
     target: Any = values
     for depth, key in enumerate(keys):
         if isinstance(target, list):
-            if not key.isdigit() or int(key) >= len(target):
+            if not key.isdecimal() or int(key) >= len(target):
                 raise RecipeError(f"'{key}' is not one of the items 0 to {len(target) - 1}", place=place)
             index: Any = int(key)
         elif isinstance(target, dict):
@@ -167,20 +196,19 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         else:
             raise RecipeError(f"'{'.'.join(keys[:depth])}' holds a plain value, not keys", place=place)
         if depth == len(keys) - 1:
-            target[index] = yaml.safe_load(text)
+            target[index] = value
         elif isinstance(target, dict):
             if target.get(index) is None:
                 target[index] = {}
             target = target[index]
         else:
             target = target[index]
+    return ".".join(keys)
 
 
 def _check(values: dict[str, Any], source: _Source) -> Recipe:
     """Validate the parts against the tables, then the whole."""
     rest = {key: value for key, value in values.items() if key not in {"mixer", "stages"}}
-    if isinstance(rest.get("keep_softmax"), list):
-        rest["keep_softmax"] = tuple(rest["keep_softmax"])
     if "mixer" in values:
         rest["mixer"] = _part(values["mixer"], "mixer", {kind: entry.config for kind, entry in MIXERS.items()}, source)
     if "stages" in values:
@@ -198,11 +226,10 @@ def _part(values: Any, key: str, table: Mapping[str, type[Config]], source: _Sou
     known = ", ".join(sorted(table))
     if not isinstance(values, dict) or "kind" not in values:
         raise RecipeError(f"{key} needs a `kind`, one of: {known}", place=source.place(key))
-    if values["kind"] not in table:
-        raise RecipeError(
-            f"{key}.kind: {unknown_name('kind', str(values['kind']), table)}", place=source.place(f"{key}.kind")
-        )
-    return _validate(table[values["kind"]], values, key, source)
+    kind = str(values["kind"])
+    if kind not in table:
+        raise RecipeError(f"{key}.kind: {unknown_name('kind', kind, table)}", place=source.place(f"{key}.kind"))
+    return _validate(table[kind], values, key, source)
 
 
 def _validate(model: type[Any], values: dict[str, Any], prefix: str, source: _Source) -> Any:
@@ -212,10 +239,12 @@ def _validate(model: type[Any], values: dict[str, Any], prefix: str, source: _So
     except ValidationError as error:
         findings = []
         for item in error.errors():
-            key = ".".join([*([prefix] if prefix else []), *(str(part) for part in item["loc"])])
+            inside = [str(part) for part in item["loc"] if part != "[key]"]  # pydantic's mark of a wrong dictionary key
+            key = ".".join([*([prefix] if prefix else []), *inside])
             findings.append((key, _explain(item, model)))
         text = "; ".join(f"{key}: {message}" if key else message for key, message in findings)
-        raise RecipeError(text, place=source.place(findings[0][0])) from None
+        places = [source.place(key) for key, _ in findings]
+        raise RecipeError(text, place=next((place for place in places if place != source.name), source.name)) from None
 
 
 def _explain(item: Any, model: type[Config]) -> str:
@@ -225,6 +254,11 @@ def _explain(item: Any, model: type[Config]) -> str:
         return "unknown key" + (f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(sorted(names))}")
     if item["type"] == "missing":
         return "is missing"
+    if item["type"] == "model_type":
+        return f"must hold keys and values (got {item['input']!r})"
+    if item["type"] == "literal_error":
+        near = get_close_matches(str(item["input"]), re.findall(r"'([^']*)'", item["ctx"]["expected"]), n=1)
+        return f"{item['msg']} (got {item['input']!r})" + (f"; did you mean '{near[0]}'?" if near else "")
     message = item["msg"].removeprefix("Value error, ")
     return message if item["type"] == "value_error" else f"{message} (got {item['input']!r})"
 

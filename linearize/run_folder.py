@@ -7,10 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from linearize.errors import RunError
 
@@ -53,9 +53,9 @@ class RunFolder:
         """
         began = self.facts()
         different = [
-            f"{name} (was {began[name]!r}, is {facts[name]!r})"
+            f"{name} (was {began.get(name)!r}, is {facts[name]!r})"
             for name in SAME
-            if began and (began[name] != facts[name])
+            if began and began.get(name) != facts[name]
         ]
         if different:
             raise RunError(
@@ -98,6 +98,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot be read: {error}", place=str(path)) from None
+    if not isinstance(found, dict):
+        raise RunError(f"cannot be read: holds {type(found).__name__}, not keys and values", place=str(path))
     return found
 
 
@@ -120,21 +122,29 @@ def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterat
                 "there is no run to go on with", place=str(out), remedy="Leave out --resume to start one there."
             )
         if used and not resume:
-            _clear(folder, overwrite)
+            known = folder.run / ".lock"
+            with known.open("a") if known.is_file() else nullcontext() as held:
+                if held is not None:
+                    _take(held, folder)
+                _clear(folder, overwrite)
         folder.run.mkdir(parents=True, exist_ok=True)
         lock = (folder.run / ".lock").open("w")
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror or error}", place=str(out)) from None
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise RunError("another process is running in this folder", place=str(out)) from None
+        _take(lock, folder)
         yield folder
 
 
+def _take(lock: IO[str], folder: RunFolder) -> None:
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise RunError("another process is running in this folder", place=str(folder.student)) from None
+
+
 def _clear(folder: RunFolder, overwrite: bool) -> None:
-    """Delete a former run that may be overwritten."""
+    """Delete a former run that may be overwritten, and that no process is in."""
     ours = folder.student.is_dir() and folder.facts_file.is_file()
     if not overwrite:
         remedy = "Choose another --out, delete it with --overwrite" + (", or go on with --resume." if ours else ".")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 from pydantic import Field, model_validator
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from linearize.config import Config, Number, TokenCount
 from linearize.surgery import Graft
 
+Beta = Annotated[Number, Field(ge=0, lt=1)]
 Backward = Callable[[Tensor], None]
 
 
@@ -54,7 +55,7 @@ class OptimizerConfig(Config):
     warmup: Number = Field(0.1, ge=0, lt=1, description="share of the steps with a linear warm-up")
     decay: Number = Field(0.1, ge=0, le=1, description="wsd: share of the steps that decay at the end")
     min_lr_ratio: Number = Field(0.1, ge=0, le=1, description="final learning rate / peak")
-    betas: tuple[Number, Number] = (0.9, 0.99)
+    betas: tuple[Beta, Beta] = (0.9, 0.99)
     weight_decay: Number = Field(0.0, ge=0)
     clip: Number | None = Field(1.0, gt=0, description="largest gradient norm; null = no clipping")
 
