@@ -72,7 +72,7 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
 
 def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Refuse settings that differ from those the model's adapters were made with."""
-    config: LoraConfig = model.peft_config[ADAPTER]  # type: ignore[index, assignment]  # peft puts it there
+    config: LoraConfig = model.peft_config[ADAPTER]  # type: ignore[assignment]  # peft puts it there
     made = LoraSettings(
         r=config.r,
         alpha=config.lora_alpha,

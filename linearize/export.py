@@ -140,8 +140,13 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
-    except OSError as error:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported below instead
+        )
+    except (OSError, SafetensorError) as error:
         raise RunError(" ".join(str(error).split()), place=str(folder)) from None
     finally:
         if shown:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -21,10 +22,13 @@ STUDENT_LAYER_TYPE = "hybrid"
 """The `layer_types` entry of student layers. transformers accepts fixed names only; with `linear_attention` in every
 layer its default cache cannot tell its length before the first token (cache.py replaces such layers anyway)."""
 
+FORMAT = 1
+"""Of the `linearize` entry in config.json."""
+
 
 def surgery_entry(mixer: MixerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
     """What config.json says under `linearize`: enough to repeat the surgery."""
-    return {"format": 1, "mixer": mixer.model_dump(mode="json"), "layers": list(layers)}
+    return {"format": FORMAT, "mixer": mixer.model_dump(mode="json"), "layers": list(layers)}
 
 
 def student_config(teacher: PretrainedConfig, mixer: MixerConfig, layers: tuple[int, ...]) -> PretrainedConfig:
@@ -54,8 +58,19 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
             place="config.json",
             remedy=f"Load it as an ordinary {family.causal_lm}, or convert it with `linearize convert`.",
         )
+    if entry["format"] != FORMAT:
+        raise SurgeryError(
+            f"the `linearize` entry has format {entry['format']}, not {FORMAT}: a newer linearize wrote it",
+            place="config.json",
+            remedy="Update linearize.",
+        )
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
+    if wrong := sorted(set(entry["layers"]) - set(range(len(layers)))):
+        raise SurgeryError(
+            f"layers {wrong} do not exist; the model has layers 0 to {len(layers) - 1}",
+            place="config.json, linearize.layers",
+        )
     kept = tuple(index for index in range(len(layers)) if index not in entry["layers"])
     graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept))
 
@@ -87,16 +102,27 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
             super().__init__(config)
             _perform_surgery(self, family)
 
-        def _init_weights(self, module: nn.Module) -> None:
-            if isinstance(module, StudentMixer):
-                module.reset_parameters()  # transformers calls this for weights that a checkpoint lacks
-            else:
-                super()._init_weights(module)
+        def initialize_weights(self) -> None:
+            """Called by transformers for weights that a checkpoint lacks; `_init_weights` of a head model is not asked
+            about modules inside its decoder, so that mixers would keep whatever lay in memory."""
+            super().initialize_weights()
+            for module in self.modules():
+                if isinstance(module, StudentMixer):
+                    _start_missing(module)
 
     Linearized.config_class = config_class
     Linearized.__name__ = Linearized.__qualname__ = f"Linearized{stem}ForCausalLM"
     Linearized.__doc__ = f"{family.causal_lm} whose layers listed in `config.linearize` are linear-attention students."
     return config_class, Linearized
+
+
+@torch.no_grad()
+def _start_missing(mixer: StudentMixer) -> None:
+    """Give a mixer its initial values, except where transformers has marked a parameter as loaded."""
+    loaded = [(p, p.clone()) for p in mixer.parameters() if getattr(p, "_is_hf_initialized", False)]
+    mixer.reset_parameters()
+    for parameter, value in loaded:
+        parameter.copy_(value)
 
 
 def _lazy(name: str) -> Any:

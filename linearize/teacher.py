@@ -71,7 +71,7 @@ def load_teacher(
     """
     checkpoint = find_checkpoint(model)
     config = read_config(checkpoint)
-    tokenizer = _load_tokenizer(checkpoint)
+    tokenizer = _load_tokenizer(checkpoint, config)
     implementation, why = choose_attention(config, dtype, torch.device(device), attention)
     loaded = _load_weights(checkpoint, config, dtype, implementation)
     for named in (loaded, loaded.config, tokenizer):
@@ -141,7 +141,7 @@ def _load_weights(
     return model
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+def _load_tokenizer(checkpoint: Checkpoint, config: PreTrainedConfig) -> PreTrainedTokenizerBase:
     place = checkpoint.name
     if not checkpoint.gguf and not any(file for known in _TOKENIZER_FILES for file in checkpoint.folder.glob(known)):
         remedy = "Save it into the same folder with tokenizer.save_pretrained."
@@ -154,6 +154,8 @@ def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     except _LOAD_ERRORS as error:
         problem = f"its tokenizer cannot be loaded: {first_line(error)}."
         raise TeacherError(problem, place=place, remedy="Check the tokenizer's files.") from error
+    if checkpoint.gguf is not None:
+        _correct_special_tokens(tokenizer, config)
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             remedy = "Set one and save the tokenizer again."
@@ -161,6 +163,19 @@ def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         tokenizer.pad_token = tokenizer.eos_token
         log.info("the tokenizer has no pad token; padding with its eos token %s", tokenizer.eos_token)
     return tokenizer
+
+
+def _correct_special_tokens(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig) -> None:
+    """Take eos and pad from the GGUF's own ids: transformers 5.17 gives its tokenizer the bos token for both.
+
+    Remove when the oldest supported transformers reads them right (5.23 does).
+    """
+    eos: int | None = config.eos_token_id
+    pad: int | None = config.pad_token_id
+    if eos is not None:
+        tokenizer.eos_token = str(tokenizer.convert_ids_to_tokens(eos))
+    if pad is not None or eos is not None:
+        tokenizer.pad_token = str(tokenizer.convert_ids_to_tokens(eos if pad is None else pad))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager

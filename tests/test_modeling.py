@@ -104,15 +104,13 @@ def test_config_survives_auto_config(make_teacher: MakeTeacher, folder: Path) ->
     assert config.layer_types == ["hybrid", "full_attention", "hybrid"]
     assert config.architectures == ["LinearizedLlamaForCausalLM"]
     kept = teacher.to_dict()
-    for key in ("model_type", "architectures", "transformers_version", "layer_types"):
+    for key in ("model_type", "architectures", "transformers_version", "layer_types", "dtype", "_name_or_path"):
         kept.pop(key, None)
     found = config.to_dict()
     assert {key: found[key] for key in kept} == kept
     config.save_pretrained(folder / "again")
-    assert AutoConfig.from_pretrained(folder / "again").to_dict() == {
-        **found,
-        "_name_or_path": str(folder / "again"),
-    } or (AutoConfig.from_pretrained(folder / "again").to_dict() == found)
+    again = AutoConfig.from_pretrained(folder / "again").to_dict()
+    assert {**again, "_name_or_path": ""} == {**found, "_name_or_path": ""}
 
 
 @pytest.mark.parametrize("way", ["whole", "partial"])
@@ -129,6 +127,7 @@ def test_missing_mixer_weights_are_refused_and_never_random(folder: Path, way: s
     loaded = AutoModelForCausalLM.from_pretrained(folder)  # transformers itself only warns
     mixer = loaded.model.layers[0].self_attn.mixer
     assert torch.equal(mixer.key_map.weight_HKF, torch.eye(16, 6).expand(4, -1, -1))
+    assert not mixer.key_map.bias_HF.any()
     name = "model.layers.0.self_attn.mixer.query_map.weight_HKF"
     expected = before[name] if way == "partial" else torch.eye(16, 6).expand(4, -1, -1)
     assert torch.equal(mixer.query_map.weight_HKF, expected)
@@ -179,7 +178,7 @@ def test_low_precision_keeps_mixers_fp32(
         (lambda c: c.pop("linearize"), SurgeryError, "no `linearize` entry.*LlamaForCausalLM.*linearize convert"),
         (lambda c: c["linearize"].update(format=2), SurgeryError, "format 2.*newer"),
         (lambda c: c["linearize"]["mixer"].update(kind="zzz"), LinearizeError, "unknown mixer 'zzz'"),
-        (lambda c: c["linearize"]["mixer"].update(zzz=1), LinearizeError, "mixer.zzz: Extra inputs"),
+        (lambda c: c["linearize"]["mixer"].update(zzz=1), LinearizeError, "mixer hedgehog: zzz: Extra inputs"),
         (lambda c: c["linearize"].update(layers=[0, 2, 9]), SurgeryError, r"layers \[9\] do not exist"),
         (lambda c: c["linearize"].update(layers=[0]), RunError, "unexpected_keys.*layers.2.self_attn.mixer"),
         (lambda c: c["linearize"].update(layers=[0, 1, 2]), RunError, "missing_keys.*layers.1.self_attn.mixer"),

@@ -290,6 +290,20 @@ def test_a_student_with_softmax_as_its_mixer_is_its_teacher(
     assert torch.equal(model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False), generated)
 
 
+def test_restarting_positions_with_a_cache_are_one_document(
+    make_teacher: MakeTeacher, make_tokens: Callable[..., Tensor], exact: ExactConfig
+) -> None:
+    """transformers looks for packed rows only without a cache; student layers must not differ from softmax layers."""
+    model, ids = make_teacher(), make_tokens(2, 30)
+    positions = torch.cat([torch.arange(12), torch.arange(18)]).expand(2, -1)
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=True).logits
+        graft(model, plan_surgery(model, exact))
+        found = model(ids, position_ids=positions, use_cache=True).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(expected, logits(model, ids, position_ids=positions), atol=1e-2)
+
+
 def test_a_mask_given_by_position_is_seen_too(
     make_teacher: MakeTeacher, make_tokens: Callable[..., Tensor], exact: ExactConfig
 ) -> None:

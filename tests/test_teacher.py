@@ -49,10 +49,10 @@ TEXT = "the cat  sat on\nthe mat, 12 times"
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE of 260 tokens: three special ones, the 256 bytes, one merge."""
+    """A byte-level BPE of 261 tokens: three special ones, 256 bytes, two merges (transformers 5.17 misreads one)."""
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, "th"])}
-    backend = Tokenizer(models.BPE(vocab, [("t", "h")]))
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *letters, "th", "the"])}
+    backend = Tokenizer(models.BPE(vocab, [("t", "h"), ("th", "e")]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
@@ -64,7 +64,7 @@ def tiny_model() -> LlamaForCausalLM:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=260,
+            vocab_size=261,
             hidden_size=64,
             intermediate_size=96,
             num_hidden_layers=2,
@@ -111,8 +111,8 @@ def write_gguf(path: Path) -> None:
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__))
-    writer.add_token_types([3, 3, 3, *[1] * 257])
-    writer.add_token_merges(["t h"])
+    writer.add_token_types([3, 3, 3, *[1] * 258])
+    writer.add_token_merges(["t h", "th e"])
     writer.add_unk_token_id(0)
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)

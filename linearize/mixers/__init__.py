@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from pydantic import ValidationError
+
 from linearize.errors import RecipeError, unknown_name
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Rope, StudentMixer
 from linearize.mixers.hedgehog import Hedgehog, HedgehogConfig
@@ -37,12 +39,18 @@ def mixer_config(values: dict[str, object]) -> MixerConfig:
     """Read a mixer configuration from plain data, such as the `linearize` entry of a config.json.
 
     Raises:
-        RecipeError: when `kind` names no mixer.
+        RecipeError: when `kind` names no mixer, or the other values do not fit it.
     """
     kind = str(values.get("kind"))
     if kind not in MIXERS:
         raise RecipeError(unknown_name("mixer", kind, MIXERS), place="mixer.kind")
-    return MIXERS[kind].config.model_validate(values)
+    try:
+        return MIXERS[kind].config.model_validate(values)
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, item['loc']))}: {item['msg']}" for item in error.errors())
+        raise RecipeError(
+            wrong, place=f"mixer {kind}", remedy="Another version of linearize may have set it."
+        ) from None
 
 
 def build_mixer(config: MixerConfig, shapes: HeadShapes) -> StudentMixer:
