@@ -56,6 +56,8 @@ def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise RunError(f"'{wanted}' is no usable device: {str(error).splitlines()[0]}", place="--device") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise RunError(f"'{chosen.type}' is not supported; use cpu or cuda", place="--device")
     if precision != "auto":
         return Machine(chosen, precision, "as asked")
     if chosen.type == "cuda":
