@@ -122,7 +122,7 @@ def generate(
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, beams=beams, seed=seed)
     for prompt, text in zip(prompts, generate_from_folder(path, prompts, sampling, chat, device), strict=True):
-        out_console.print(f"[dim]{prompt}[/dim]" if not chat else "", end="", highlight=False)
+        out_console.print(f"[dim]{escape(prompt)}[/dim]" if not chat else "", end="", highlight=False)
         out_console.print(text, markup=False, highlight=False)
 
 
