@@ -172,7 +172,7 @@ def plan_surgery(model: PreTrainedModel, mixer: MixerConfig, keep_softmax: KeepS
                 built = build_mixer(mixer, shapes)
             parameters = sum(parameter.numel() for parameter in built.parameters())
             path = f"{family.layers}.{index}.{family.attention}"
-            swaps.append(Swap(index, path, family, shapes, mixer, parameters, built.state_bytes()))
+            swaps.append(Swap(index, path, family, shapes, mixer, parameters, built.state_bytes(model.dtype)))
     if misfits:
         raise SurgeryError(
             f"{len(misfits)} misfit(s): " + "; ".join(misfits),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -88,12 +89,28 @@ class MixerConfig(Config):
     kind: str
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What a mixer's gates and branches do on given heads.
+
+    Attributes:
+        log_gate: log of the decay per token, [B, T, 1 or H or G] or, per channel, [B, T, H or G, F]; None = no gate.
+        linear_share_BTH: the linear branch's share of the denominator (or of the mix), 0 to 1; None = one branch only.
+    """
+
+    log_gate: Tensor | None = None
+    linear_share_BTH: Tensor | None = None
+
+
 class StudentMixer(nn.Module):
     """A mixer maps heads to heads. It knows no Hugging Face module, no teacher and no loss.
 
     Whole sequence, split anywhere, and token by token must give the same outputs; a prefix must not change when the
     sequence grows. One contract test checks this for every entry of MIXERS.
     """
+
+    rows: ClassVar[Literal["normalised", "matrix", "none"]] = "none"
+    """What `row_weights` gives: rows that sum to 1, an unnormalised mixing matrix, or nothing."""
 
     @abstractmethod
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
@@ -112,15 +129,20 @@ class StudentMixer(nn.Module):
         """Set the initial values, so that the student starts near its teacher. Called once, after construction."""
 
     @abstractmethod
-    def state_bytes(self) -> int:
-        """Bytes of decoding state per sequence and layer."""
+    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
+        """Bytes of decoding state per sequence and layer, where q, k, v come in `dtype`. Sums are fp32 in any case."""
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
-        """A function (start, stop) -> attention weights [B, H, stop - start, T] of those query rows.
+        """A function (start, stop) -> A [B, H, stop - start, T] of those query rows, features computed once.
 
-        Each row sums to 1. For objectives on attention weights and for diagnostics; features are computed once.
+        Each row sums to 1 where `rows` is "normalised" (for attention-weight objectives and diagnostics); where it is
+        "matrix", A is what the mixer multiplies its values with (for matrix orientation, arXiv 2408.10189).
 
         Raises:
-            NotImplementedError: for a mixer without normalised attention weights.
+            NotImplementedError: where `rows` is "none".
         """
-        raise NotImplementedError(f"{type(self).__name__} has no normalised attention weights")
+        raise NotImplementedError(f"{type(self).__name__} has no attention weights")
+
+    def readings(self, heads: HeadInputs) -> Readings:
+        """What monitors and the seeding audit look at, on whole sequences from their start; nothing by default."""
+        return Readings()

@@ -31,6 +31,8 @@ class HedgehogConfig(MixerConfig):
 class Hedgehog(StudentMixer):
     """One map per query head for queries and for keys, causal normalised linear attention, O(1) decoding state."""
 
+    rows = "normalised"
+
     def __init__(self, config: HedgehogConfig, shapes: HeadShapes) -> None:
         super().__init__()
         self.config, self.shapes = config, shapes
@@ -44,7 +46,7 @@ class Hedgehog(StudentMixer):
         self.query_map.reset_parameters(self.config.start)
         self.key_map.reset_parameters(self.config.start)
 
-    def state_bytes(self) -> int:
+    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
         features = 2 * (self.config.features or self.shapes.key_width)
         return 4 * self.shapes.query_heads * features * (self.shapes.value_width + 1)
 
