@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from typing import Any, Literal
 
@@ -19,6 +20,8 @@ from transformers.masking_utils import find_packed_sequence_indices
 from linearize.cache import student_layer
 from linearize.families import ModelFamily
 from linearize.mixers import HeadInputs, HeadShapes, MixerState, Rope, StudentMixer
+
+Mix = Callable[[HeadInputs, MixerState | None], tuple[Tensor, MixerState]]
 
 Observer = Callable[["StudentAttention", HeadInputs, Tensor], None]
 """Called in teacher mode with the heads and the teacher's mixed values [B, T, H, V] before the output projection."""
@@ -40,6 +43,7 @@ class StudentAttention(nn.Module):
         self.layer_idx: int = attention.layer_idx  # type: ignore[assignment]
         self.mode: Literal["student", "teacher"] = "student"
         self.observer: Observer | None = None
+        self._compiled: Mix | None = None
         self.train(attention.training)
         attention.training = False  # a teacher does not drop out; train() of the model no longer reaches it
         self._softmax = (attention,)  # a tuple hides it from nn.Module: its parameters are registered once
@@ -70,12 +74,34 @@ class StudentAttention(nn.Module):
         mixed_BTHV, state = self.mix(heads, None if layer is None else layer.state)
         if layer is not None:
             layer.write(state, hidden_states.shape[1])
-        return self.get_submodule(self.family.output)(mixed_BTHV.flatten(2)), None
+        return self.answer(mixed_BTHV), None
 
     def mix(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         """The mixer in its own precision: autocast would round feature maps and running sums to bf16."""
+        trains = state is None and torch.is_grad_enabled()  # decoding and evaluation see many shapes
+        mixer: Mix = self._compiled if self._compiled is not None and trains else self.mixer
         with full_precision(heads.v_BTGV.device):
-            return self.mixer(heads, state)
+            return mixer(heads, state)
+
+    def compile_mixer(self) -> None:
+        """Compile the mixer for training; the module tree and the keys of its weights stay as they are."""
+        self._compiled = torch.compile(self.mixer.forward)
+
+    def project(self, heads: HeadInputs) -> HeadInputs:
+        """The heads that the projections of this very layer make of the same input `x_BTD`."""
+        projections = [self.get_submodule(name)(heads.x_BTD) for name in self._projections()]
+        q_BTHK, k_BTGK, v_BTGV = self._split(projections)
+        return replace(heads, q_BTHK=q_BTHK, k_BTGK=k_BTGK, v_BTGV=v_BTGV)
+
+    def answer(self, mixed_BTHV: Tensor) -> Tensor:
+        """The layer's output [B, T, D]: mixed values through the output projection."""
+        answer_BTD: Tensor = self.get_submodule(self.family.output)(mixed_BTHV.flatten(2))
+        return answer_BTD
+
+    def teacher_answer(self, mixed_BTHV: Tensor) -> Tensor:
+        """The same through the output projection of the teacher's own module, which no adapter replaces."""
+        answer_BTD: Tensor = self._softmax[0].get_submodule(self.family.output)(mixed_BTHV.flatten(2))
+        return answer_BTD
 
     def _attend_as_teacher(
         self, arguments: dict[str, Any], padding_mask_BT: Tensor | None, segments_BT: Tensor | None
@@ -108,16 +134,25 @@ class StudentAttention(nn.Module):
         padding_mask_BT: Tensor | None,
         segments_BT: Tensor | None,
     ) -> HeadInputs:
-        shapes, length = self.shapes, x_BTD.shape[1]
-        q, k, v = projections
+        q_BTHK, k_BTGK, v_BTGV = self._split(projections)
         return HeadInputs(
             x_BTD=x_BTD,
-            q_BTHK=q.unflatten(-1, (shapes.query_heads, shapes.key_width)),
-            k_BTGK=k.unflatten(-1, (shapes.key_heads, shapes.key_width)),
-            v_BTGV=v.unflatten(-1, (shapes.key_heads, shapes.value_width)),
+            q_BTHK=q_BTHK,
+            k_BTGK=k_BTGK,
+            v_BTGV=v_BTGV,
             rope=None if position_embeddings is None else Rope(*position_embeddings),
-            mask_BT=None if padding_mask_BT is None else padding_mask_BT[:, -length:].bool(),
+            mask_BT=None if padding_mask_BT is None else padding_mask_BT[:, -x_BTD.shape[1] :].bool(),
             segments_BT=segments_BT,
+        )
+
+    def _split(self, projections: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """What q, k, v projections return, as heads."""
+        q, k, v = projections
+        shapes = self.shapes
+        return (
+            q.unflatten(-1, (shapes.query_heads, shapes.key_width)),
+            k.unflatten(-1, (shapes.key_heads, shapes.key_width)),
+            v.unflatten(-1, (shapes.key_heads, shapes.value_width)),
         )
 
 

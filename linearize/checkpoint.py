@@ -2,7 +2,7 @@
 
 One run is one output folder; its checkpoints are `<out>/checkpoints/stage0-step000123/`, each with
 
-    student.safetensors   all student parameters, by name
+    student.safetensors   all student parameters, by name: mixers, adapters, base weights that were trained
     trainer.pt            optimiser state and RNG states; plain tensors and numbers, read with weights_only=True
     state.json            where the run stands (`RunState`)
     manifest.json         sha256 and size of each of these

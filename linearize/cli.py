@@ -74,6 +74,9 @@ def convert(
     device: DeviceOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a former run in --out first.")] = False,
+    compile_mixers: Annotated[
+        bool, typer.Option("--compile/--no-compile", help="Compile the mixers for training; faster on many GPUs.")
+    ] = False,
 ) -> None:
     """Convert a teacher into a student, train it, write it, and measure both.
 
@@ -84,7 +87,18 @@ def convert(
     from linearize.tables import conversion_report
 
     job = Conversion(
-        model, recipe, out, data, text_field, heldout, tokens, tuple(overrides or ()), device, resume, overwrite
+        model,
+        recipe,
+        out,
+        data,
+        text_field,
+        heldout,
+        tokens,
+        tuple(overrides or ()),
+        device,
+        resume,
+        overwrite,
+        compile_mixers,
     )
     out_console.print(conversion_report(run_conversion(job, log_console)))
 

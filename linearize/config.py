@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, field_validator
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -15,6 +15,30 @@ class Config(BaseModel):
     """A frozen configuration. Unknown keys are refused; the reader adds file, place and the nearest name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """pydantic takes true for 1; a field with a reader of its own (TokenCount, Number) says it in its own words."""
+        assert info.field_name is not None
+        field = cls.model_fields[info.field_name]
+        types = _types(field.annotation)
+        if bool in types or int not in types or any(isinstance(item, BeforeValidator) for item in field.metadata):
+            return value
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(item, bool):
+                raise ValueError(f"must be a whole number (got {item!r})")
+        return value
+
+
+def _types(annotation: Any) -> set[type]:
+    """The plain types that an annotation is made of."""
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _types(parts[0])
+    if origin is None:
+        return {annotation} if isinstance(annotation, type) else set()
+    return set().union(*map(_types, parts))
 
 
 def parse_count(value: Any) -> Any:

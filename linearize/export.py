@@ -39,12 +39,14 @@ def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     Written aside first and moved into `folder` file by file, config.json last: a folder with a config.json is whole.
 
     Args:
-        graft: the trained student; its adapters are merged into the base weights by this call.
+        graft: the trained student; by this call its adapters are merged into the base weights, and those that were
+            fp32 for training become what they were.
 
     Raises:
         RunError: when the disk is full or the folder cannot be written.
     """
     merge_lora(graft.model)
+    graft.restore_dtypes()
     aside = folder / ".export"
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 RowWeights = Callable[[int, int], Tensor]
+Head = Callable[[Tensor], Tensor]
 
 
 def output_mse(student_BTHV: Tensor, teacher_BTHV: Tensor) -> Tensor:
@@ -30,6 +31,31 @@ def relative_error(student_BTHV: Tensor, teacher_BTHV: Tensor) -> Tensor:
     return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
 
 
+def hidden_distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
+    """L2 distance over the model width, mean over tokens: hidden-state alignment after the output projection.
+
+    It is an absolute length, in the units of the hidden states (arXiv 2408.10189, stage 2). Where the two are equal the
+    gradient is 0.
+    """
+    return torch.linalg.vector_norm(student_BTD.float() - teacher_BTD.float(), dim=-1).mean()
+
+
+def matrix_distance(teacher: RowWeights, student: RowWeights, length: int, block: int = 128) -> Tensor:
+    """Matrix orientation: mean over batch and heads of |A - M|_F / sqrt(T) (arXiv 2408.10189, stage 1).
+
+    A is the teacher's T x T attention matrix, M what the student mixes its values with, and the Frobenius norm is the
+    root of the sum of squares over the whole matrix of one head. Divided by sqrt(T) it is the root mean square, over
+    queries, of the L2 distance between the two rows: it does not grow with the length, as the norm itself does. Where A
+    and M are equal the gradient is 0. Rows are formed as in `attention_cross_entropy`: memory is B * H * block * T.
+    """
+
+    def squares(start: int, stop: int) -> Tensor:
+        return (teacher(start, stop) - student(start, stop)).square().sum((-2, -1))
+
+    total_BH = torch.stack(_by_blocks(squares, length, block)).sum(0) / length
+    return total_BH.clamp_min(torch.finfo(total_BH.dtype).tiny).sqrt().mean()
+
+
 def attention_cross_entropy(teacher: RowWeights, student: RowWeights, length: int, block: int = 128) -> Tensor:
     """Cross-entropy of the student's attention rows under the teacher's, mean over batch, heads and queries, in nats.
 
@@ -41,9 +67,13 @@ def attention_cross_entropy(teacher: RowWeights, student: RowWeights, length: in
         target_BHRT, weight_BHRT = teacher(start, stop), student(start, stop)
         return -(target_BHRT * weight_BHRT.clamp_min(1e-12).log()).sum(-1).mean((0, 1)).sum()
 
+    return torch.stack(_by_blocks(block_sum, length, block)).sum() / length
+
+
+def _by_blocks(part: RowWeights, length: int, block: int) -> list[Tensor]:
+    """`part(start, stop)` of every block of rows; what it computes on the way is computed again in the backward."""
     starts = range(0, length, block)
-    parts = [checkpoint(block_sum, start, min(start + block, length), use_reentrant=False) for start in starts]
-    return torch.stack(parts).sum() / length
+    return [checkpoint(part, start, min(start + block, length), use_reentrant=False) for start in starts]
 
 
 class DistillationLoss(NamedTuple):
@@ -54,10 +84,18 @@ class DistillationLoss(NamedTuple):
     cross_entropy: Tensor  # of the next token, at temperature 1
 
 
+class Heads(NamedTuple):
+    """Maps from hidden states [L, D] to logits. The gradient of `trained`, parameters of the student's, is computed."""
+
+    student: Head
+    teacher: Head
+    trained: tuple[nn.Parameter, ...] = ()
+
+
 def distillation_loss(
     student_LD: Tensor,
     teacher_LD: Tensor,
-    head: Callable[[Tensor], Tensor],
+    heads: Heads,
     targets_L: Tensor,
     mask_L: Tensor,
     weights: "DistillationWeights",
@@ -67,7 +105,7 @@ def distillation_loss(
     Args:
         student_LD: final hidden states of the student; the gradient flows into them.
         teacher_LD: final hidden states of the teacher.
-        head: frozen map from hidden states to logits, shared by both.
+        heads: from hidden states to logits; one and the same where the student's is the teacher's.
         targets_L: next tokens.
         mask_L: True where there is a target.
         weights: of the two terms, and the temperature.
@@ -76,7 +114,9 @@ def distillation_loss(
     1503.02531). Both terms are means over the targets: dividing by the batch size only, as `batchmean` over
     [B, T, V] does, makes them grow with T.
     """
-    loss, kl, cross_entropy = _Distillation.apply(student_LD, teacher_LD, head, targets_L, mask_L, weights)
+    loss, kl, cross_entropy = _Distillation.apply(
+        student_LD, teacher_LD, heads, targets_L, mask_L, weights, *heads.trained
+    )
     return DistillationLoss(loss, kl, cross_entropy)
 
 
@@ -92,42 +132,48 @@ class DistillationWeights(NamedTuple):
 
 
 class _Distillation(torch.autograd.Function):
-    """Computes each chunk's gradient right after its loss, and keeps only the gradient of the hidden states."""
+    """Computes each chunk's gradients right after its loss: those of the hidden states and of the student's head."""
 
+    # More parameters than the style allows: autograd wants every tensor that gets a gradient as one of its own.
     @staticmethod
     def forward(
         ctx: Any,
         student_LD: Tensor,
         teacher_LD: Tensor,
-        head: Callable[[Tensor], Tensor],
+        heads: Heads,
         targets_L: Tensor,
         mask_L: Tensor,
         weights: DistillationWeights,
+        *trained: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = mask_L.sum().clamp_min(1)
         gradient_LD = torch.empty_like(student_LD)
+        head_gradients = [torch.zeros_like(parameter) for parameter in trained]
         kl, cross_entropy = torch.zeros(2, device=student_LD.device).unbind()
         chunk = weights.chunk or CHUNK[student_LD.device.type]
         for start in range(0, len(targets_L), chunk):
             part = slice(start, start + chunk)
-            teacher_LV = head(teacher_LD[part].detach())
+            teacher_LV = heads.teacher(teacher_LD[part].detach())
             with torch.enable_grad():
                 hidden = student_LD[part].detach().requires_grad_()
-                student_LV = head(hidden)
+                student_LV = heads.student(hidden)
             gradient_LV, chunk_kl, chunk_cross_entropy = _chunk_terms(
                 student_LV.detach(), teacher_LV, targets_L[part], mask_L[part], weights
             )
-            (gradient_LD[part],) = torch.autograd.grad(student_LV, hidden, gradient_LV)
+            gradient_LD[part], *more = torch.autograd.grad(student_LV, [hidden, *trained], gradient_LV)
+            for total, gradient in zip(head_gradients, more, strict=True):
+                total += gradient
             kl, cross_entropy = kl + chunk_kl, cross_entropy + chunk_cross_entropy
-        ctx.save_for_backward(gradient_LD / count)
+        ctx.save_for_backward(gradient_LD / count, *(gradient.div_(count) for gradient in head_gradients))
         kl, cross_entropy = kl / count, cross_entropy / count
         ctx.mark_non_differentiable(kl, cross_entropy)
         return weights.kl * kl + weights.cross_entropy * cross_entropy, kl, cross_entropy
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None, None, None, None, None]:
-        (gradient_LD,) = ctx.saved_tensors
-        return gradient_LD * gradients[0], None, None, None, None, None
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
+        gradient_LD, *head_gradients = ctx.saved_tensors
+        scaled = (gradient * gradients[0] for gradient in head_gradients)
+        return gradient_LD * gradients[0], None, None, None, None, None, *scaled
 
 
 def _chunk_terms(

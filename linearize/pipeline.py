@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +20,15 @@ from linearize.card import CardFacts, model_card
 from linearize.checkpoint import load_latest, seed_all
 from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
 from linearize.errors import DataError
-from linearize.evals.perplexity import perplexity
+from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
 from linearize.export import export_student, load_student
-from linearize.machine import Machine, choose_machine, versions
+from linearize.machine import Machine, Precision, choose_machine, versions
 from linearize.metrics import MetricsLog, Progress
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, open_run_folder, write_json
-from linearize.stages import build_stage
-from linearize.surgery import Graft, graft, plan_surgery
+from linearize.stages import Stage, build_stage, check_stages
+from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
 from linearize.train import FitSettings, Run, check_budget, fit
 
@@ -37,6 +38,10 @@ POOLED = "held-out"
 
 EVAL_ROWS = {"cpu": 1, "cuda": 8}
 """Windows that are read at one time when perplexity is measured."""
+
+
+MIXED: dict[Precision, Literal["no", "bf16"]] = {"fp32": "no", "bf16": "bf16"}
+"""How training computes in a precision."""
 
 
 FEW_STEPS = 100
@@ -58,6 +63,7 @@ class Conversion:
     device: str | None = None
     resume: bool = False
     overwrite: bool = False
+    compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
 
 
 @dataclass(frozen=True)
@@ -106,6 +112,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+        check_stages(recipe.stages, plan)
         corpus = _corpus(job, recipe, teacher, console)
         heldout, length = _heldout(job, recipe, teacher, corpus)
         facts = _facts(job, recipe, machine, teacher, corpus)
@@ -113,11 +120,13 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
 
         before = Measured(**folder.once("teacher", lambda: asdict(_measure(teacher.model, teacher, heldout, length))))
         seed_all(recipe.seed, len(recipe.stages))  # mixers that start at random start the same in every run
-        grafted = graft(teacher.model, plan)
-        console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.", highlight=False)
-        evaluate = partial(_perplexities, grafted.model, heldout, length)
+        grafted = _graft(teacher.model, plan, recipe, job)
+        second = "" if grafted.teacher is None else " Base weights will train: the teacher is a second copy."
+        console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.{second}", highlight=False)
+        evaluate = partial(_student_perplexities, grafted, heldout, length)
         untrained = folder.once("untrained", evaluate)
-        stages = _train(grafted, recipe, corpus, evaluate, folder, console)
+        settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision])
+        stages = _train(grafted, recipe, corpus, settings, folder, console)
 
         export_student(grafted, teacher.tokenizer, recipe, folder.student)
         reloaded = load_student(folder.student, device=str(machine.device))
@@ -203,31 +212,44 @@ def _command(job: Conversion) -> str:
         words += [] if value is None else [name, str(value)]
     for override in job.overrides:
         words += ["--set", override]
+    words += ["--compile"] if job.compile else []
     return shlex.join([*words, "--out", str(job.out)])
+
+
+def _graft(model: PreTrainedModel, plan: tuple[Swap, ...], recipe: Recipe, job: Conversion) -> Graft:
+    """The graft, with what its recipe's stages and this job ask of it."""
+    grafted = graft(model, plan)
+    if recipe.needs_frozen_teacher:
+        grafted = with_frozen_teacher(grafted)
+    if job.compile:
+        grafted.compile_mixers()
+    return grafted
 
 
 def _train(
     grafted: Graft,
     recipe: Recipe,
     corpus: Corpus,
-    evaluate: Callable[[], Mapping[str, float]],
+    settings: FitSettings,
     folder: RunFolder,
     console: Console,
 ) -> list[dict[str, Any]]:
     """Run every stage, or what is left of them; what each came to."""
     checkpoint = load_latest(folder.run)
     first = 0 if checkpoint is None else checkpoint.state.stage_index
+    built: list[Stage] = []
     with MetricsLog(folder.run / "metrics.jsonl") as metrics:
         for index, config in enumerate(recipe.stages):
             seed_all(recipe.seed, len(recipe.stages) + 1 + index)  # adapters that start at random, likewise
             stage = build_stage(config, grafted)
+            built.append(stage)
             if index < first:
                 continue
             grafted.model.requires_grad_(False)
             run = Run(
                 out=folder.run,
                 stage_index=index,
-                student=student_parameters(grafted),
+                student=student_parameters(grafted, built),
                 checkpoint=checkpoint if index == first else None,
                 metrics=metrics,
                 progress=Progress(console),
@@ -236,20 +258,18 @@ def _train(
                 corpus_fingerprint=corpus.fingerprint,
             )
             every = max(FEW_STEPS, config.steps // recipe.evaluations)
-            settings = FitSettings(evaluate=evaluate, eval_every_steps=every, mixed_precision=_mixed(grafted.model))
-            result = fit(stage, _batches(corpus, recipe, index), run, settings)
+            result = fit(stage, _batches(corpus, recipe, index), run, replace(settings, eval_every_steps=every))
             folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})
     grafted.model.requires_grad_(False)
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
 
 
-def student_parameters(grafted: Graft) -> dict[str, torch.nn.Parameter]:
-    """All that a student has beside its teacher's weights: what checkpoints hold."""
-    return {**grafted.mixer_parameters(), **lora_parameters(grafted.model)}
-
-
-def _mixed(model: PreTrainedModel) -> Literal["no", "bf16"]:
-    return "bf16" if model.dtype == torch.bfloat16 else "no"
+def student_parameters(grafted: Graft, stages: Iterable[Stage]) -> dict[str, torch.nn.Parameter]:
+    """All in which a student differs from its teacher once these stages have begun: what checkpoints hold."""
+    found = {**grafted.mixer_parameters(), **lora_parameters(grafted.model)}
+    for stage in stages:
+        found |= stage.trainable()
+    return found
 
 
 def _batches(corpus: Corpus, recipe: Recipe, index: int) -> PackedRows:
@@ -265,13 +285,23 @@ def _batches(corpus: Corpus, recipe: Recipe, index: int) -> PackedRows:
     )
 
 
-def _perplexities(model: PreTrainedModel, heldout: Mapping[str, np.ndarray], length: int) -> dict[str, float]:
+def _student_perplexities(grafted: Graft, heldout: Mapping[str, np.ndarray], length: int) -> dict[str, float]:
+    """Perplexity by source during training: base weights that train are fp32 then, and run under autocast."""
+    mixed = partial(torch.autocast, grafted.model.device.type, torch.bfloat16, enabled=bool(grafted.raised))
+    return _perplexities(grafted.model, heldout, length, mixed)
+
+
+def _perplexities(
+    model: PreTrainedModel, heldout: Mapping[str, np.ndarray], length: int, autocast: Autocast = nullcontext
+) -> dict[str, float]:
     """Perplexity by source."""
     rows = EVAL_ROWS[model.device.type]
-    return {
-        source: perplexity(model, tokens, length=length, max_tokens=tokens.size, batch_rows=rows).perplexity
-        for source, tokens in heldout.items()
-    }
+
+    def measure(tokens: np.ndarray) -> float:
+        found = perplexity(model, tokens, length=length, max_tokens=tokens.size, batch_rows=rows, autocast=autocast)
+        return found.perplexity
+
+    return {source: measure(tokens) for source, tokens in heldout.items()}
 
 
 def _measure(model: PreTrainedModel, teacher: Teacher, heldout: Mapping[str, np.ndarray], length: int) -> Measured:

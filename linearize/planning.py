@@ -10,8 +10,8 @@ import torch
 from linearize.machine import Machine, choose_machine
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
-from linearize.stages import Batch, Stage, build_stage
-from linearize.surgery import Swap, graft, plan_surgery
+from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages
+from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
 
 MINUTES = 15
@@ -20,13 +20,26 @@ MINUTES = 15
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage costs; speeds are measured, times follow from them."""
+    """What one stage costs; speeds are measured, times follow from them.
+
+    `parts` is what trains, `trained` how many parameters that are. `peak_memory_bytes` is that of one batch, without
+    the moments of the optimiser. `master_bytes` is what base weights take as fp32 beyond the dtype they came in; the
+    peak holds it.
+    """
 
     name: str
     tokens: int
     steps: int
     tokens_per_second: float
     peak_memory_bytes: int
+    parts: tuple[str, ...]
+    trained: int
+    master_bytes: int
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of AdamW's two moments, in fp32."""
+        return 2 * 4 * self.trained
 
     @property
     def seconds(self) -> float:
@@ -43,6 +56,7 @@ class Plan:
     layers: int
     swaps: tuple[Swap, ...]
     key_value_bytes: int  # of the teacher's cache, per token and sequence
+    teacher_bytes: int  # of the frozen second copy; 0 where the student's own weights are the teacher's
     stages: list[StageCost]
 
     @property
@@ -77,18 +91,30 @@ def plan_conversion(model: str, recipe: Recipe, device: str | None = None) -> Pl
     machine = choose_machine(device, recipe.precision)
     teacher = load_teacher(model, dtype=machine.dtype, device=machine.device)
     swaps = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+    check_stages(recipe.stages, swaps)
     config = teacher.model.config
     layers: int = config.num_hidden_layers
     head_dim: int = config.head_dim
     element = torch.finfo(machine.dtype).bits // 8
     key_value_bytes = 2 * layers * config.num_key_value_heads * head_dim * element
     grafted = graft(teacher.model, swaps)
-    costs = []
-    for stage_config in recipe.stages:
-        stage = build_stage(stage_config, grafted)
-        speed, memory = _measure(stage, machine, config.vocab_size)
-        costs.append(StageCost(stage.name, stage_config.tokens, stage_config.steps, speed, memory))
-    return Plan(teacher, recipe, machine, layers, swaps, key_value_bytes, costs)
+    teacher_bytes = 0
+    if recipe.needs_frozen_teacher:
+        grafted = with_frozen_teacher(grafted)
+        teacher_bytes = sum(p.numel() * p.element_size() for p in grafted.observed.model.parameters())
+    costs = [_cost(stage, grafted, machine) for stage in recipe.stages]
+    return Plan(teacher, recipe, machine, layers, swaps, key_value_bytes, teacher_bytes, costs)
+
+
+def _cost(config: StageConfig, grafted: Graft, machine: Machine) -> StageCost:
+    """Build a stage and measure it."""
+    stage = build_stage(config, grafted)
+    vocabulary: int = grafted.model.config.vocab_size
+    speed, memory = _measure(stage, machine, vocabulary)
+    trained = list(stage.trainable().values())
+    masters = sum(p.numel() * (4 - grafted.raised[p].itemsize) for p in trained if p in grafted.raised)
+    size = sum(parameter.numel() for parameter in trained)
+    return StageCost(stage.name, config.tokens, config.steps, speed, memory, config.train, size, masters)
 
 
 def _measure(stage: Stage, machine: Machine, vocabulary: int) -> tuple[float, int]:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
-from pydantic import Field, SerializeAsAny, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from linearize.config import Config, TokenCount, parse_count
 from linearize.errors import RecipeError, unknown_name
@@ -47,6 +55,28 @@ class Recipe(Config):
         except ValidationError:
             forms = "`none`, a list of layer numbers such as [0, 12], or {every: 4}"
             raise ValueError(f"must be {forms} (got {value!r})") from None
+
+    @model_validator(mode="after")
+    def _stages_fit_the_mixer(self) -> "Recipe":
+        """Findings name their key, so that the reader's message names its line."""
+        mixer = MIXERS[self.mixer.kind].module
+        findings = [
+            InitErrorDetails(
+                type=PydanticCustomError("value_error", "{rule}", {"rule": f"{rule} (mixer {self.mixer.kind})"}),
+                loc=("stages", index, key),
+                input=self.stages[index],
+            )
+            for index, stage in enumerate(self.stages)
+            for key, rule in stage.misfits(mixer).items()
+        ]
+        if findings:
+            raise ValidationError.from_exception_data("Recipe", findings)
+        return self
+
+    @property
+    def needs_frozen_teacher(self) -> bool:
+        """Whether a stage trains base weights: the grafted model is then no longer its own teacher."""
+        return any(stage.trains_base for stage in self.stages)
 
     @property
     def tokens(self) -> int:

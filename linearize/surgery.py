@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -51,32 +52,82 @@ class Swap:
 
 @dataclass(frozen=True)
 class Graft:
-    """A model with student layers. The base weights are the teacher's own."""
+    """A model with student layers.
+
+    Attributes:
+        model: the student; its base weights are the teacher's own, until a stage trains them.
+        students: its student layers by number.
+        teacher: a frozen graft of its own weights, where stages train base weights (`with_frozen_teacher`); None where
+            `model` is the teacher when its students attend with softmax.
+        raised: base weights that are fp32 for training, with the dtype they came in.
+    """
 
     model: PreTrainedModel
     students: dict[int, StudentAttention]
+    teacher: "Graft | None" = None
+    raised: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)
 
     @property
-    def trunk(self) -> nn.Module:
-        """The decoder without the language-model head."""
-        return self.model.get_submodule(family_of(base_model_type(self.model)).trunk)
+    def observed(self) -> "Graft":
+        """The graft whose student layers attend as teacher inside `as_teacher`."""
+        return self.teacher or self
 
     @contextmanager
     def as_teacher(self) -> Iterator[PreTrainedModel]:
-        """Inside, student layers attend with the teacher's softmax. Adapters are the caller's to switch off."""
-        before = {index: student.mode for index, student in self.students.items()}
-        for student in self.students.values():
+        """Inside, the model that is yielded attends with the teacher's softmax.
+
+        It is the grafted model itself, whose adapters are the caller's to switch off; or the frozen teacher.
+        """
+        students = self.observed.students.values()
+        before = [student.mode for student in students]
+        for student in students:
             student.mode = "teacher"
         try:
-            yield self.model
+            yield self.observed.model
         finally:
-            for index, student in self.students.items():
-                student.mode = before[index]
+            for student, mode in zip(students, before, strict=True):
+                student.mode = mode
+
+    def compile_mixers(self) -> None:
+        """Compile every mixer for training; evaluation, decoding and checkpoints know nothing of it."""
+        for student in self.students.values():
+            student.compile_mixer()
+
+    def raise_to_fp32(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Make weights that will be trained fp32, in place: bf16 is too coarse for the steps AdamW takes."""
+        for parameter in parameters:
+            if parameter.dtype.itemsize < 4:
+                self.raised[parameter] = parameter.dtype
+                parameter.data = parameter.data.float()
+
+    def restore_dtypes(self) -> None:
+        """Round what `raise_to_fp32` raised to the dtype it came in."""
+        for parameter, dtype in self.raised.items():
+            parameter.data = parameter.data.to(dtype)
+        self.raised.clear()
 
     def mixer_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that surgery added, by their names in the model."""
         ours = {id(parameter) for student in self.students.values() for parameter in student.mixer.parameters()}
         return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in ours}
+
+
+def trunk_of(model: PreTrainedModel) -> nn.Module:
+    """The decoder without the language-model head."""
+    return model.get_submodule(family_of(base_model_type(model)).trunk)
+
+
+def with_frozen_teacher(grafted: Graft) -> Graft:
+    """The graft with a frozen copy of itself as its teacher, for stages that train base weights.
+
+    To be made right after `graft`, while the base weights still are the teacher's. It costs the memory of the weights
+    once more; `linearize plan` says how much.
+    """
+    assert not grafted.raised
+    model = copy.deepcopy(grafted.model).requires_grad_(False).eval()
+    students = {module.layer_idx: module for module in model.modules() if isinstance(module, StudentAttention)}
+    assert students.keys() == grafted.students.keys()
+    return replace(grafted, teacher=Graft(model, students))
 
 
 def layers_to_keep(keep: KeepSoftmax, layers: int) -> frozenset[int]:

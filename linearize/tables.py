@@ -72,9 +72,17 @@ def plan_report(plan: Plan) -> RenderableType:
                 f"({_bytes(plan.key_value_bytes)} per token, all layers) from {plan.crossover_tokens:,} tokens on",
             ),
         ]
+    if plan.teacher_bytes:
+        rows.append(
+            (
+                "Frozen teacher",
+                f"{_bytes(plan.teacher_bytes)}: a second copy of the weights, because a stage trains the first",
+            )
+        )
     for name, value in rows:
         facts.add_row(f"[bold]{name}[/bold]", escape(value))
     table = _table("Stages, measured on one batch here", "stage", "tokens", "steps", "tokens/s", "time", "peak memory")
+    memory = _table("What trains", "stage", "trains", "parameters", "fp32 weights", "AdamW moments")
     for cost in plan.stages:
         table.add_row(
             cost.name,
@@ -84,8 +92,15 @@ def plan_report(plan: Plan) -> RenderableType:
             _clock(cost.seconds),
             _bytes(cost.peak_memory_bytes),
         )
+        memory.add_row(
+            cost.name,
+            ", ".join(cost.parts),
+            f"{cost.trained:,}",
+            _bytes(cost.master_bytes),
+            _bytes(cost.moment_bytes),
+        )
     budget = f"A budget of --tokens {plan.tokens_in_time:,} would train in about 15 minutes."
-    return Group(facts, table, budget)
+    return Group(facts, table, memory, budget)
 
 
 def _size(plan: Plan) -> int:

@@ -79,8 +79,8 @@ class Run:
     Attributes:
         out: the run's folder.
         stage_index: number of the stage that is being fitted, from 0.
-        student: all student parameters by name (mixers and LoRA): what every checkpoint stores, a superset of what the
-            stage trains.
+        student: all student parameters by name (mixers, LoRA, and base weights that this stage or an earlier one
+            trains): what every checkpoint stores, a superset of what the stage trains.
         checkpoint: where to go on from, if it is of this stage; else None, and the caller restores the student from
             the checkpoint of the stage before (`restore_student`).
         metrics, progress: the run's metrics.jsonl, and where progress is shown.

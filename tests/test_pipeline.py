@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import random
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import linearize
+from linearize.checkpoint import STUDENT, load_latest
 from linearize.cli import main
 from linearize.doctor import CHECKS, Patient, difference, examine, examine_folder
-from linearize.errors import LinearizeError, NonFiniteLossError, RunError, RunInterrupted
+from linearize.errors import LinearizeError, NonFiniteLossError, RecipeError, RunError, RunInterrupted
 from linearize.export import load_student
 from linearize.metrics import TIMING_FIELDS, read_metrics
+from linearize.mixers.hedgehog import Hedgehog
 from linearize.pipeline import Conversion, convert
+from linearize.planning import plan_conversion
+from linearize.recipe import load_recipe
 from linearize.stages.distil import Distil
 from linearize.stages.transfer import Transfer
+from linearize.teacher import load_teacher
 
 SHORT = (
     "stages.0.length=32",
@@ -115,7 +121,6 @@ def test_doctor_is_green_on_the_export(student):
 
 @pytest.mark.parametrize("kept", ["none", "[0, 1, 2]"])
 def test_doctor_is_green_on_all_student_and_all_softmax_models(kept, make_teacher):
-    from linearize.recipe import load_recipe
     from linearize.surgery import graft, plan_surgery
 
     model = make_teacher()
@@ -135,12 +140,12 @@ def _as_exported(grafted, recipe):
 
 
 def test_doctor_finds_a_mixer_that_decodes_something_else(student, monkeypatch):
-    package = importlib.import_module("linearize_kernels.linear_attention")
+    whole = Hedgehog.forward
 
-    def forgetful(q, k, v, state):
-        return package.chunk_linear_attention(q, k, v, None)
+    def forgetful(self, heads, state=None):
+        return whole(self, heads, None if heads.q_BTHK.shape[1] == 1 else state)
 
-    monkeypatch.setattr(package, "step_linear_attention", forgetful)
+    monkeypatch.setattr(Hedgehog, "forward", forgetful)
     model = load_student(student.folder, dtype=torch.float32)
     failed = {finding.check for finding in examine(model) if not finding.passed}
     assert "whole = token by token" in failed
@@ -174,8 +179,21 @@ def _losses(folder: Path) -> list[dict]:
     return [{name: value for name, value in record.items() if name not in TIMING_FIELDS} for record in records]
 
 
-def test_interrupted_at_three_random_steps_and_resumed_is_the_same_run(job, monkeypatch):
-    whole = convert(job("whole"), Console(quiet=True))
+BASE = (
+    "stages.0.train=[mixer, qkv]",
+    "stages.0.optimizer.lr=0.001",
+    "stages.1.train=[all]",
+    "stages.1.lora=null",
+    "stages.1.optimizer.lr=0.0001",
+)
+"""Stages that train base weights, with the frozen teacher that they need."""
+
+
+@pytest.mark.parametrize(
+    "overrides", [(), BASE, (*BASE, "precision=bf16")], ids=["adapters", "base weights", "base weights from bf16"]
+)
+def test_interrupted_at_three_random_steps_and_resumed_is_the_same_run(job, monkeypatch, overrides):
+    whole = convert(job("whole", *overrides), Console(quiet=True))
     stop_at = sorted(random.Random(7).sample(range(2, 38), 3))
     seen = {"calls": 0}
 
@@ -194,7 +212,7 @@ def test_interrupted_at_three_random_steps_and_resumed_is_the_same_run(job, monk
     interruptions = 0
     while True:
         try:
-            broken = convert(job("broken", resume=interruptions > 0), Console(quiet=True))
+            broken = convert(job("broken", *overrides, resume=interruptions > 0), Console(quiet=True))
             break
         except RunInterrupted as stopped:
             assert "--resume" in str(stopped)
@@ -204,6 +222,49 @@ def test_interrupted_at_three_random_steps_and_resumed_is_the_same_run(job, monk
     assert broken.student == whole.student
     left, right = load_student(whole.folder).state_dict(), load_student(broken.folder).state_dict()
     assert all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_trained_base_weights_reach_the_export_in_the_models_dtype(job, teacher_folder):
+    out = convert(job("base", *BASE, "precision=bf16"), Console(quiet=True))
+    student, teacher = load_student(out.folder), AutoModelForCausalLM.from_pretrained(teacher_folder)
+    for name, parameter in student.named_parameters():
+        if ".mixer." in name:
+            assert parameter.dtype == torch.float32, name
+        else:
+            assert parameter.dtype == torch.bfloat16, name
+        if "proj" in name or "embed" in name:  # a norm's weight of 1 needs more steps to be another bf16 number
+            assert not torch.equal(parameter, teacher.get_parameter(name).bfloat16()), name
+    assert examine_folder(out.folder)
+    after = out.stages[-1]["metrics"]["eval/held-out"]
+    assert out.student.perplexity["held-out"] == pytest.approx(after, rel=0.02)  # rounding to bf16
+    kl = [record["kl"] for record in read_metrics(out.folder / "run" / "metrics.jsonl") if record["stage"] == 1]
+    assert kl[-1] < kl[0]
+
+
+def test_checkpoints_hold_the_base_weights_that_have_been_trained(job):
+    out = convert(job("base", *BASE, "stages.1.train=[norms]"), Console(quiet=True))
+    checkpoint = load_latest(out.folder / "run")
+    assert checkpoint is not None
+    saved = set(load_file(checkpoint.folder / STUDENT))
+    weights = {name.removesuffix(".weight").rpartition(".")[2] for name in saved if ".mixer." not in name}
+    assert weights == {"q_proj", "k_proj", "v_proj", "input_layernorm", "post_attention_layernorm", "norm"}
+
+
+def test_compiling_is_off_by_default_and_changes_no_number(job, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda function: compiled.append(function) or function)
+    plain = convert(job("plain"), Console(quiet=True))
+    assert not compiled
+    fast = convert(replace(job("fast"), compile=True), Console(quiet=True))
+    assert len(compiled) == 3
+    assert _losses(fast.folder) == _losses(plain.folder)
+    assert "--compile" in json.loads((fast.folder / "metrics.json").read_text())["command"]
+
+
+def test_a_stage_that_contradicts_the_family_is_refused_before_anything_is_run(job):
+    with pytest.raises(RecipeError, match=r"stages\.1\.train: o trains the weights of o_proj, which lora adapts"):
+        convert(job("wrong", "stages.1.train=[o, lora]"), Console(quiet=True))
+    assert not list((job("wrong").out / "run").glob("checkpoints/*"))
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_good_state(job, monkeypatch):
@@ -229,10 +290,28 @@ def test_resume_refuses_another_recipe(job):
         convert(job("first", "stages.0.optimizer.lr=0.5", resume=True), Console(quiet=True))
 
 
-def test_resume_of_a_finished_run_writes_the_same_student(job):
-    first = convert(job("first"), Console(quiet=True))
-    again = convert(job("first", resume=True), Console(quiet=True))
+@pytest.mark.parametrize("overrides", [(), (*BASE, "precision=bf16")], ids=["adapters", "base weights"])
+def test_resume_of_a_finished_run_writes_the_same_student(job, overrides):
+    first = convert(job("first", *overrides), Console(quiet=True))
+    again = convert(job("first", *overrides, resume=True), Console(quiet=True))
     assert again.student == first.student
+
+
+@pytest.mark.parametrize("overrides", [(), BASE], ids=["adapters", "base weights"])
+def test_killed_as_a_stage_begins_and_resumed_is_the_same_run(job, monkeypatch, overrides):
+    """The last checkpoint is then of the end of the stage before."""
+    whole = convert(job("whole", *overrides), Console(quiet=True))
+
+    def killed(self, batch, backward):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Distil, "train_micro_batch", killed)
+        with pytest.raises(KeyboardInterrupt):
+            convert(job("killed", *overrides), Console(quiet=True))
+    resumed = convert(job("killed", *overrides, resume=True), Console(quiet=True))
+    assert _losses(resumed.folder) == _losses(whole.folder)
+    assert resumed.student == whole.student
 
 
 def test_an_existing_folder_is_refused_and_kept(job, tmp_path):
@@ -276,12 +355,32 @@ def test_command_line_generates_evaluates_and_examines(student, text_file, tmp_p
     assert all(finding["passed"] for finding in json.loads(capsys.readouterr().out))
 
 
+def test_a_plan_counts_what_training_base_weights_costs(teacher_folder):
+    recipe = load_recipe("hedgehog", [*SHORT, *BASE, "precision=bf16"])
+    plan = plan_conversion(str(teacher_folder), recipe, "cpu")
+    mixers = plan.parameters
+    whole = sum(parameter.numel() for parameter in load_teacher(str(teacher_folder)).model.parameters())
+    projections = 3 * (64 * 64 + 2 * 32 * 64)
+    transfer, distil = plan.stages
+    assert plan.teacher_bytes == 2 * whole + 4 * mixers
+    assert (transfer.trained, distil.trained) == (mixers + projections, mixers + whole)
+    assert (transfer.master_bytes, distil.master_bytes) == (2 * projections, 2 * whole)
+    assert distil.moment_bytes == 8 * (mixers + whole)
+    assert plan_conversion(str(teacher_folder), load_recipe("hedgehog", SHORT), "cpu").teacher_bytes == 0
+
+
 def test_command_line_plans_and_shows_recipes(teacher_folder, monkeypatch, capsys):
     sets = [word for override in SHORT for word in ("--set", override)]
     assert _run_cli(monkeypatch, "plan", "--model", str(teacher_folder), *sets, "--device", "cpu") == 0
     planned = capsys.readouterr().out
     assert "3 of 3 layers become hedgehog" in planned
     assert "tokens/s" in planned
+    assert "Frozen teacher" not in planned
+    base = [word for override in BASE for word in ("--set", override)]
+    assert _run_cli(monkeypatch, "plan", "--model", str(teacher_folder), *sets, *base, "--device", "cpu") == 0
+    planned = capsys.readouterr().out
+    assert "Frozen teacher" in planned
+    assert "AdamW moments" in planned
     assert _run_cli(monkeypatch, "recipes", "list") == 0
     assert _run_cli(monkeypatch, "recipes", "show", "hedgehog") == 0
     assert "arXiv 2402.04347" in capsys.readouterr().out

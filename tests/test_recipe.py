@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from linearize.adapters import LoraSettings
 from linearize.config import parse_count
 from linearize.errors import RecipeError
-from linearize.mixers.hedgehog import HedgehogConfig
+from linearize.mixers.hedgehog import Hedgehog, HedgehogConfig
 from linearize.recipe import MIN_STEPS, Recipe, find_recipe, load_recipe, recipe_names
 from linearize.stages.distil import DistilConfig
-from linearize.stages.transfer import TransferConfig
+from linearize.stages.parts import PARTS, Part
+from linearize.stages.transfer import OBJECTIVES, ObjectiveName, TransferConfig
 from linearize.surgery import EveryNth
 
 GOOD = """\
@@ -113,7 +116,26 @@ BROKEN = [  # (what is replaced, by what, line, what is said)
     ("\n      lr: 0.01", " 5", 9, "stages.0.optimizer: must hold keys and values (got 5)"),
     ("batch: 6", "batch: 7", 11, "stages.1: micro_batch 3 does not divide batch 7"),
     ("batch: 6", "batch: 6\n    kl: 0", 11, "stages.1: kl and ce are both 0: there is nothing to learn from"),
-    ("batch: 6", "batch: 6\n    lora: null\n    train_mixers: false", 11, "there is nothing to train"),
+    ("batch: 6", "batch: 6\n    lora: null", 11, "stages.1: train names lora, but lora is null"),
+    ("batch: 6", "batch: 6\n    train: [mixer]\n    lora: {}", 11, "lora has settings, but train does not name lora"),
+    ("batch: 6", "batch: 6\n    train: []", 14, "stages.1.train: is empty: there is nothing to train"),
+    ("batch: 6", "batch: 6\n    train: [qkv, o, qkv]", 14, "stages.1.train: names qkv more than once"),
+    ("batch: 6", "batch: 6\n    train: [all, mixer]", 14, "`all` is every parameter, .*(got mixer too)"),
+    ("batch: 6", "batch: 6\n    train: [mixers]", 14, "stages.1.train.0: .*(got 'mixers'); did you mean 'mixer'?"),
+    (
+        "tokens: 8M",
+        "tokens: 8M\n    train: [mixer, norms]",
+        9,
+        "stages.0.train: .*cannot train norms; it trains mixer, qkv",
+    ),
+    ("tokens: 8M", "tokens: 8M\n    train: [all]", 9, "stages.0.train: .*cannot train all"),
+    ("tokens: 8M", "tokens: 8M\n    train: [lora]", 9, "stages.0.train: .*cannot train lora"),
+    ("tokens: 8M", "tokens: 8M\n    train: [o]", 7, "stages.0: train names o, but only the objective `hidden` sees"),
+    ("tokens: 8M", "tokens: 8M\n    train: [o]\n    objective: {hidden: 0, mse: 1}", 7, "only the objective `hidden`"),
+    ("tokens: 8M", "tokens: 8M\n    length: true", 9, "stages.0.length: must be a whole number (got True)"),
+    ("bias: true", "features: yes", 4, "mixer.features: must be a whole number (got True)"),
+    ("name: test", "name: test\nseed: false", 2, "seed: must be a whole number (got False)"),
+    ("batch: 6", "batch: 6\n    lora: {r: true}", 14, "stages.1.lora.r: must be a whole number (got True)"),
     ("batch: 6", "batch: 6\n    lora: {rank: 4}", 14, "stages.1.lora.rank: unknown key; known keys: alpha, dropout, r"),
     ("batch: 6", "batch: 6\n    temperature: 0", 14, "stages.1.temperature: Input should be greater than 0"),
 ]
@@ -131,7 +153,10 @@ def test_what_is_wrong_is_said_where(file: Path, old: str, new: str, line: int |
         position = text.index(piece, position) + len(piece)
 
 
-@pytest.mark.parametrize("value", ["nine", "[0, x]", "{evry: 2}", "{every: x}", "3", "null", "[[0]]", "{}"])
+@pytest.mark.parametrize(
+    "value",
+    ["nine", "[0, x]", "{evry: 2}", "{every: x}", "3", "null", "[[0]]", "{}", "[true]", "true", "{every: true}"],
+)
 def test_keep_softmax_errors_are_one_sentence(file: Path, value: str) -> None:
     file.write_text(GOOD.replace("[0, 2]", value))
     forms = "must be `none`, a list of layer numbers such as [0, 12], or {every: 4}"
@@ -290,7 +315,7 @@ CHANGES = [
     "stages.0.optimizer.clip=null",
     "stages.1.kl=0.5",
     "stages.1.lora.r=4",
-    "stages.1.lora=null",
+    "stages.1.train=[norms, lora]",
     "stages.1.micro_batch=2",
     "data=null",
     "heldout_tokens=9",
@@ -298,6 +323,55 @@ CHANGES = [
     "precision=fp32",
     "seed=1",
 ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "objective", "said"),
+    [
+        (
+            "matrix",
+            "attention_ce",
+            "attention_ce compares rows of attention weights that sum to 1; this mixer has none. ",
+        ),
+        ("none", "attention_ce", "It can have: mse, relative_mse, hidden (mixer hedgehog)"),
+        ("none", "matrix", "matrix compares the matrices that values are mixed with; this mixer has none. "),
+    ],
+)
+def test_an_objective_that_the_mixer_does_not_have(
+    file: Path, monkeypatch: pytest.MonkeyPatch, rows: str, objective: str, said: str
+) -> None:
+    file.write_text(GOOD.replace("tokens: 8M", f"tokens: 8M\n    objective: {{mse: 1, {objective}: 0.5}}"))
+    assert load_recipe(str(file))
+    monkeypatch.setattr(Hedgehog, "rows", rows)
+    text = failure(file)
+    assert text.startswith(f"{file}, line 9: stages.0.objective: ")
+    assert said in text
+    file.write_text(GOOD.replace("tokens: 8M", f"tokens: 8M\n    objective: {{mse: 1, {objective}: 0}}"))
+    assert load_recipe(str(file))  # a weight of 0 asks for nothing
+
+
+@pytest.mark.parametrize(
+    ("train", "lora", "frozen_teacher"),
+    [
+        (None, LoraSettings(), False),
+        ("[lora]", LoraSettings(), False),
+        ("[mixer]", None, False),
+        ("[norms, lora]", LoraSettings(), True),
+        ("[qkv]", None, True),
+        ("[all]", None, True),
+    ],
+)
+def test_what_a_stage_trains(file: Path, train: str | None, lora: LoraSettings | None, frozen_teacher: bool) -> None:
+    recipe = load_recipe(str(file), [] if train is None else [f"stages.1.train={train}"])
+    stage = recipe.stages[1]
+    assert isinstance(stage, DistilConfig)
+    assert stage.lora == lora
+    assert recipe.needs_frozen_teacher == stage.trains_base == frozen_teacher
+
+
+def test_every_objective_and_part_is_listed_once() -> None:
+    assert set(OBJECTIVES) == set(get_args(ObjectiveName))
+    assert set(PARTS) == set(get_args(Part))
 
 
 def test_the_digest_is_stable_and_sees_every_setting(file: Path) -> None:

@@ -39,7 +39,7 @@ class Exact(StudentMixer):
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.unused)
 
-    def state_bytes(self) -> int:
+    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
         return 0
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, cast
 
+from torch import nn
+
+from linearize.adapters import lora_layers
+from linearize.errors import RecipeError
 from linearize.stages.base import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import Transfer, TransferConfig
-from linearize.surgery import Graft
+from linearize.surgery import Graft, Swap
 
-__all__ = ["STAGES", "Batch", "Stage", "StageConfig", "build_stage"]
+__all__ = ["STAGES", "Batch", "Stage", "StageConfig", "build_stage", "check_stages"]
 
 
 class StageEntry(NamedTuple):
@@ -26,6 +30,29 @@ STAGES: dict[str, StageEntry] = {
 }
 
 
+def check_stages(stages: Sequence[StageConfig], plan: Sequence[Swap]) -> None:
+    """Refuse stages that a planned surgery's family does not allow: before the first one is run.
+
+    Raises:
+        RecipeError: with the stage's number.
+    """
+    for index, config in enumerate(stages):
+        for family in {swap.family.model_type: swap.family for swap in plan}.values():
+            try:
+                config.check_family(family)
+            except RecipeError as error:
+                place = f"stages.{index}.{error.place}"
+                raise RecipeError(error.problem, place=place, remedy=error.remedy) from None
+
+
 def build_stage(config: StageConfig, graft: Graft) -> Stage:
-    """The stage that `config` describes, on a grafted model."""
-    return STAGES[config.kind].stage(config, graft)
+    """The stage that `config` describes, on a grafted model.
+
+    Weights that it trains become fp32. Adapters drop out only in a stage that trains them; all else stays in eval mode.
+    """
+    assert graft.teacher is not None or not config.trains_base, "base weights train: see with_frozen_teacher"
+    stage = STAGES[config.kind].stage(config, graft)
+    graft.raise_to_fp32(stage.trainable().values())
+    for layer in lora_layers(graft.model):
+        cast(nn.Module, layer).train(not {"lora", "all"}.isdisjoint(config.train))
+    return stage

@@ -6,11 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, Protocol
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from linearize.config import Config, Number, TokenCount
-from linearize.surgery import Graft
+from linearize.families import ModelFamily
+from linearize.mixers import StudentMixer
+from linearize.stages.parts import BASE_PARTS, Part, check_parts
+from linearize.surgery import trunk_of
 
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Backward = Callable[[Tensor], None]
@@ -69,6 +73,13 @@ class StageConfig(Config):
     batch: int = Field(8, ge=1, description="rows per optimiser step")
     micro_batch: int = Field(8, ge=1, description="rows per forward; must divide batch")
     optimizer: OptimizerConfig = OptimizerConfig()
+    train: tuple[Part, ...] = Field(("mixer",), description="what trains: mixer, qkv, o, norms, lora or all")
+
+    @field_validator("train")
+    @classmethod
+    def _no_contradiction(cls, train: tuple[Part, ...]) -> tuple[Part, ...]:
+        check_parts(train)
+        return train
 
     @model_validator(mode="after")
     def _batch_divides(self) -> "StageConfig":
@@ -85,6 +96,22 @@ class StageConfig(Config):
     def accumulation(self) -> int:
         """Micro-batches per optimiser step."""
         return self.batch // min(self.micro_batch, self.batch)
+
+    @property
+    def trains_base(self) -> bool:
+        """Whether weights of the teacher are trained, so that the teacher needs a copy of its own."""
+        return not BASE_PARTS.isdisjoint(self.train)
+
+    def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
+        """What this stage cannot do with such a mixer: key of this configuration -> rule and remedy."""
+        return {}
+
+    def check_family(self, family: ModelFamily) -> None:
+        """Refuse what this stage cannot do with a family's projections.
+
+        Raises:
+            RecipeError: with the rule.
+        """
 
 
 class Stage(Protocol):
@@ -110,9 +137,9 @@ class Stage(Protocol):
         ...
 
 
-def run_trunk(graft: Graft, batch: Batch) -> Tensor:
-    """Final hidden states [B, T, D] of the decoder without its head, in the graft's present mode."""
-    output = graft.trunk(
+def run_trunk(model: PreTrainedModel, batch: Batch) -> Tensor:
+    """Final hidden states [B, T, D] of the decoder without its head, in the model's present mode."""
+    output = trunk_of(model)(
         input_ids=batch.input_ids_BT,
         position_ids=batch.position_ids_BT,
         use_cache=False,

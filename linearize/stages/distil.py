@@ -1,45 +1,75 @@
-"""Stage `distil`: the whole student learns to predict like its teacher, through LoRA and its mixers.
+"""Stage `distil`: the whole student learns to predict like its teacher, end to end.
 
-The teacher is the same model with its softmax back and its adapters off: one copy of the weights.
+The teacher is the same model with its softmax back and its adapters off: one copy of the weights. Where stages train
+base weights, it is the frozen copy that was made before the first of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from linearize.adapters import LoraSettings, add_lora, lora_layers, lora_off, lora_parameters
+from linearize.adapters import LoraSettings, add_lora, lora_off
 from linearize.config import Number
-from linearize.losses import DistillationWeights, distillation_loss
+from linearize.errors import RecipeError
+from linearize.families import ModelFamily
+from linearize.losses import DistillationWeights, Heads, distillation_loss
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
+
+DEFAULT_PARTS: tuple[Part, ...] = ("mixer", "lora")
 
 
 class DistilConfig(StageConfig):
     """Options of the distillation stage."""
 
     kind: Literal["distil"] = "distil"
+    train: tuple[Part, ...] = Field(DEFAULT_PARTS, description="mixer, qkv, o, norms, lora, or all alone")
     kl: Number = Field(1.0, ge=0, description="weight of KL(teacher || student)")
     ce: Number = Field(0.0, ge=0, description="weight of the next-token cross-entropy")
     temperature: Number = Field(1.0, gt=0)
-    lora: LoraSettings | None = LoraSettings()
-    train_mixers: bool = Field(True, description="train the mixers beside the adapters")
+    lora: LoraSettings | None = Field(None, description="of the adapters; their defaults where `train` names lora")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_adapters(cls, values: Any) -> Any:
+        """Adapters that train have settings; a dump of the configuration then says which."""
+        if not isinstance(values, dict) or "lora" in values:
+            return values
+        train = values.get("train", DEFAULT_PARTS)
+        return {**values, "lora": {}} if isinstance(train, (list, tuple)) and "lora" in train else values
 
     @model_validator(mode="after")
     def _something_to_do(self) -> "DistilConfig":
         if self.kl == 0 and self.ce == 0:
             raise ValueError("kl and ce are both 0: there is nothing to learn from")
-        if self.lora is None and not self.train_mixers:
-            raise ValueError("lora is null and train_mixers is false: there is nothing to train")
+        if "lora" in self.train and self.lora is None:
+            raise ValueError("train names lora, but lora is null; give its settings, or take lora out of train")
+        if "lora" not in self.train and self.lora is not None:
+            raise ValueError("lora has settings, but train does not name lora; add it to train, or make lora null")
         return self
+
+    def check_family(self, family: ModelFamily) -> None:
+        targets = () if self.lora is None else self.lora.targets
+        parts = {"qkv": (family.query, family.key, family.value), "o": (family.output,)}
+        for part, names in parts.items():
+            both = [name for name in names if part in self.train and name in targets]
+            if both:
+                raise RecipeError(
+                    f"{part} trains the weights of {', '.join(both)}, which lora adapts in the same stage; a "
+                    "projection trains by its weights or by an adapter, not by both",
+                    place="train",
+                    remedy=f"Take {part} out of train, or {', '.join(both)} out of lora.targets.",
+                )
 
 
 class Distil:
-    """Trains LoRA adapters, and the mixers if asked, end to end."""
+    """Trains what `train` names, end to end."""
 
     name = "distil"
 
@@ -48,26 +78,29 @@ class Distil:
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
         if config.lora is not None:
             add_lora(graft.model, config.lora)
-            for layer in lora_layers(graft.model):
-                cast(nn.Module, layer).train()  # its dropout; the rest of the model stays in eval mode
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
-        mixers = self.graft.mixer_parameters() if self.config.train_mixers else {}
-        return {**mixers, **(lora_parameters(self.graft.model) if self.config.lora is not None else {})}
+        return trained_parameters(self.graft, self.config.train)
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
-        with torch.no_grad(), lora_off(self.graft.model), self.graft.as_teacher():
-            teacher_BTD = run_trunk(self.graft, batch)
-        student_BTD = run_trunk(self.graft, batch)
-        head = self.graft.model.get_output_embeddings()
-        assert head is not None
+        with torch.no_grad(), lora_off(self.graft.model), self.graft.as_teacher() as teacher:
+            teacher_BTD = run_trunk(teacher, batch)
+        student_BTD = run_trunk(self.graft.model, batch)
         terms = distillation_loss(
             student_BTD.flatten(0, 1),
             teacher_BTD.flatten(0, 1),
-            head,
+            self._heads(),
             batch.input_ids_BT.roll(-1, dims=1).flatten(),
             batch.target_mask_BT.flatten(),
             self.weights,
         )
         backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
+
+    def _heads(self) -> Heads:
+        """Of student and teacher over the vocabulary; one and the same while base weights are frozen."""
+        student = self.graft.model.get_output_embeddings()
+        teacher = self.graft.observed.model.get_output_embeddings()
+        assert student is not None
+        assert teacher is not None
+        return Heads(student, teacher, tuple(p for p in student.parameters() if p.requires_grad))

@@ -1,44 +1,150 @@
 """Stage `transfer`: every student layer learns to answer like its teacher layer, given the teacher's own input.
 
-One forward pass of the teacher; as each layer finishes, its student is run on the same heads, the loss goes backward at
+One forward pass of the teacher; as each layer finishes, its student is run on the same input, the loss goes backward at
 once, and that layer's activations are gone before the next layer starts (arXiv 2402.04347, 2410.10254).
+
+Shape legend in mixers/base.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Literal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from linearize.attention import StudentAttention, full_precision, teacher_rows
 from linearize.config import Number
-from linearize.losses import attention_cross_entropy, output_mse, relative_error
-from linearize.mixers import HeadInputs
+from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
+from linearize.mixers import HeadInputs, StudentMixer
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
+
+ObjectiveName = Literal["mse", "relative_mse", "attention_ce", "matrix", "hidden"]
+Rows = Literal["normalised", "matrix", "none"]
+
+
+@dataclass(frozen=True)
+class LayerAnswers:
+    """What a teacher layer and its student make of one input.
+
+    Attributes:
+        teacher: the layer in teacher mode; where base weights train, of the frozen copy.
+        student: the layer that trains; where they do not, the same one.
+        teacher_heads, student_heads: what their projections made of the input.
+        teacher_BTHV, student_BTHV: mixed values before the output projection.
+        error: relative error of the student's.
+    """
+
+    teacher: StudentAttention
+    student: StudentAttention
+    teacher_heads: HeadInputs
+    student_heads: HeadInputs
+    teacher_BTHV: Tensor
+    student_BTHV: Tensor
+    error: Tensor
+
+
+def _mse(layer: LayerAnswers) -> Tensor:
+    return output_mse(layer.student_BTHV, layer.teacher_BTHV)
+
+
+def _relative_mse(layer: LayerAnswers) -> Tensor:
+    return layer.error
+
+
+def _hidden(layer: LayerAnswers) -> Tensor:
+    with torch.no_grad():
+        teacher_BTD = layer.teacher.teacher_answer(layer.teacher_BTHV)
+    return hidden_distance(layer.student.answer(layer.student_BTHV), teacher_BTD)
+
+
+def _compare_rows(distance: Callable[..., Tensor]) -> Callable[[LayerAnswers], Tensor]:
+    def compare(layer: LayerAnswers) -> Tensor:
+        with full_precision(layer.teacher_BTHV.device):
+            teacher = teacher_rows(layer.teacher_heads, layer.teacher.shapes.scaling)
+            student = layer.student.mixer.row_weights(layer.student_heads)
+            return distance(teacher, student, layer.teacher_BTHV.shape[1])
+
+    return compare
+
+
+class Objective(NamedTuple):
+    """A term of the loss, and the mixers that have it, by what their `row_weights` give."""
+
+    term: Callable[[LayerAnswers], Tensor]
+    rows: frozenset[Rows] = frozenset({"normalised", "matrix", "none"})
+    rule: str = ""
+
+
+OBJECTIVES: dict[ObjectiveName, Objective] = {
+    "mse": Objective(_mse),
+    "relative_mse": Objective(_relative_mse),
+    "attention_ce": Objective(
+        _compare_rows(attention_cross_entropy),
+        frozenset({"normalised"}),
+        "compares rows of attention weights that sum to 1",
+    ),
+    "matrix": Objective(
+        _compare_rows(matrix_distance),
+        frozenset({"normalised", "matrix"}),
+        "compares the matrices that values are mixed with",
+    ),
+    "hidden": Objective(_hidden),
+}
 
 
 class TransferConfig(StageConfig):
     """Options of the transfer stage."""
 
     kind: Literal["transfer"] = "transfer"
-    objective: dict[Literal["mse", "relative_mse", "attention_ce"], Number] = Field(
+    train: tuple[Part, ...] = Field(("mixer",), description="mixer, qkv, and o with the hidden objective")
+    objective: dict[ObjectiveName, Number] = Field(
         {"relative_mse": 1.0}, description="weights of the terms, summed over layers"
     )
 
+    @field_validator("train")
+    @classmethod
+    def _within_the_layer(cls, train: tuple[Part, ...]) -> tuple[Part, ...]:
+        outside = [part for part in train if part not in ("mixer", "qkv", "o")]
+        if outside:
+            raise ValueError(
+                f"transfer compares attention layers one by one and cannot train {', '.join(outside)}; it trains "
+                "mixer, qkv and o, a distil stage the rest"
+            )
+        return train
+
     @field_validator("objective")
     @classmethod
-    def _some_weight(cls, objective: dict[str, float]) -> dict[str, float]:
+    def _some_weight(cls, objective: dict[ObjectiveName, float]) -> dict[ObjectiveName, float]:
         if not any(weight > 0 for weight in objective.values()) or min(objective.values()) < 0:
             raise ValueError("needs at least one positive weight and no negative one")
         return objective
 
+    @model_validator(mode="after")
+    def _output_is_seen(self) -> "TransferConfig":
+        if "o" in self.train and not self.objective.get("hidden"):
+            raise ValueError(
+                "train names o, but only the objective `hidden` sees what lies behind the output projection; give "
+                "`hidden` a positive weight, or take o out of train"
+            )
+        return self
+
+    def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
+        fitting = [name for name, objective in OBJECTIVES.items() if mixer.rows in objective.rows]
+        asked = [name for name, weight in self.objective.items() if weight > 0]
+        wrong = [f"{name} {OBJECTIVES[name].rule}" for name in asked if name not in fitting]
+        if not wrong:
+            return {}
+        return {"objective": f"{'; '.join(wrong)}; this mixer has none. It can have: {', '.join(fitting)}"}
+
 
 class Transfer:
-    """Trains the mixers alone, layer by layer; the loss is the mean over layers."""
+    """Trains student layers one by one; the loss is the mean over layers."""
 
     name = "transfer"
 
@@ -46,45 +152,42 @@ class Transfer:
         self.config, self.graft = config, graft
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
-        return self.graft.mixer_parameters()
+        return trained_parameters(self.graft, self.config.train)
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         losses: list[Tensor] = []
         errors: dict[str, Tensor] = {}
         layers = len(self.graft.students)
 
-        def observe(student: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
+        def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
             with torch.enable_grad():
-                loss, error = self._layer_loss(student, heads, teacher_BTHV)
+                answers = self._answers(teacher, heads, teacher_BTHV)
+                loss = self._loss(answers)
                 backward(loss / layers)
             losses.append(loss.detach())
-            errors[f"error/layer_{student.layer_idx:02d}"] = error.detach()
+            errors[f"error/layer_{teacher.layer_idx:02d}"] = answers.error.detach()
 
-        students = self.graft.students.values()
+        observed = self.graft.observed.students.values()
         try:
-            for student in students:
-                student.observer = observe
-            with torch.no_grad(), self.graft.as_teacher():
-                run_trunk(self.graft, batch)
+            for teacher in observed:
+                teacher.observer = observe
+            with torch.no_grad(), self.graft.as_teacher() as model:
+                run_trunk(model, batch)
         finally:
-            for student in students:
-                student.observer = None
+            for teacher in observed:
+                teacher.observer = None
         mean_error = torch.stack(list(errors.values())).mean()
         return {"loss": torch.stack(losses).mean(), "error": mean_error, **errors}
 
-    def _layer_loss(self, student: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's objective, and its relative error for the log."""
-        weights = self.config.objective
-        loss = torch.zeros((), device=teacher_BTHV.device)
-        mixed_BTHV, _ = student.mix(heads)
-        error = relative_error(mixed_BTHV, teacher_BTHV)
-        if weights.get("mse"):
-            loss = loss + weights["mse"] * output_mse(mixed_BTHV, teacher_BTHV)
-        if weights.get("relative_mse"):
-            loss = loss + weights["relative_mse"] * error
-        if weights.get("attention_ce"):
-            with full_precision(teacher_BTHV.device):
-                teacher = teacher_rows(heads, student.shapes.scaling)
-                rows = attention_cross_entropy(teacher, student.mixer.row_weights(heads), teacher_BTHV.shape[1])
-            loss = loss + weights["attention_ce"] * rows
-        return loss, error
+    def _answers(self, teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> LayerAnswers:
+        """The student layer on the teacher layer's input, through its own projections where they may differ."""
+        student = self.graft.students[teacher.layer_idx]
+        own = heads if student is teacher else student.project(heads)
+        student_BTHV, _ = student.mix(own)
+        error = relative_error(student_BTHV, teacher_BTHV)
+        return LayerAnswers(teacher, student, heads, own, teacher_BTHV, student_BTHV, error)
+
+    def _loss(self, answers: LayerAnswers) -> Tensor:
+        """The layer's objective."""
+        terms = [weight * OBJECTIVES[name].term(answers) for name, weight in self.config.objective.items() if weight]
+        return torch.stack(terms).sum()

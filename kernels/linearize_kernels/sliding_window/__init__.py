@@ -1,0 +1,125 @@
+"""Softmax over a sliding window and a few sink tokens, as sums that another branch may be added to.
+
+Shape legend: B batch, T tokens, M keys (window - 1 before the first token, then the T own ones), H query heads,
+G key/value heads (H = G * R), K key width, V value width, S sink tokens, W window, N chunks, C tokens per chunk,
+U = W - 1 + C keys that a chunk's queries may see.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Sinks", "WindowSums", "naive_window_sums", "window_sums"]
+
+CHUNK = 64
+
+
+class Sinks(NamedTuple):
+    """The first S tokens of the document: one set for all queries (X = 1) or one per query (X = T, packed rows)."""
+
+    k_BXSGK: Tensor
+    v_BXSGV: Tensor
+
+
+class WindowSums(NamedTuple):
+    """Of exp(score - max) over what a query sees; softmax attention is num / den."""
+
+    num_BTHV: Tensor
+    den_BTH: Tensor  # 0 where nothing is seen (padding)
+    max_BTH: Tensor  # 0 where nothing is seen
+
+
+def window_sums(
+    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGV: Tensor, position_BT: Tensor, window: int, sinks: Sinks | None = None
+) -> WindowSums:
+    """Sums over the last `window` keys (the query's own included) and over the sinks before them, in fp32.
+
+    Args:
+        q_BTHK: queries, already rotated and scaled.
+        k_BMGK, v_BMGV: keys (rotated) and values; M = window - 1 + T. Entries before the document do not matter.
+        position_BT: index of each query in its document, -1 for padding: it sees so many keys back, never more.
+        window: at least 1.
+        sinks: seen by the queries whose window no longer reaches them; sink s is the document's token s.
+
+    Memory is linear in T: chunks of queries against the chunk's own keys and window - 1 before.
+    """
+    batch, length, heads, width = q_BTHK.shape
+    groups = k_BMGK.shape[2]
+    dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+    assert k_BMGK.shape[1] == window - 1 + length, (k_BMGK.shape, window, length)
+    chunk = min(CHUNK, length)
+    pad = -length % chunk
+    count = (length + pad) // chunk
+    span = window - 1 + chunk
+
+    def spans(x_BMGX: Tensor) -> Tensor:  # [B, N, G, X, U]
+        return F.pad(x_BMGX.to(dtype), (0, 0, 0, 0, 0, pad)).unfold(1, span, chunk)
+
+    q_BTGRK = q_BTHK.to(dtype).unflatten(2, (groups, heads // groups))
+    q_BNGLK = F.pad(q_BTGRK, (0, 0, 0, 0, 0, 0, 0, pad)).unflatten(1, (count, chunk)).permute(0, 1, 3, 4, 2, 5)
+    position_BNC = F.pad(position_BT, (0, pad), value=-1).unflatten(1, (count, chunk))
+    row_C = torch.arange(chunk, device=q_BTHK.device)
+    back_CU = (window - 1) + row_C[:, None] - torch.arange(span, device=q_BTHK.device)
+    seen = ((back_CU >= 0) & (back_CU < window)) & (back_CU <= position_BNC[..., None])
+    score = (q_BNGLK.flatten(3, 4) @ spans(k_BMGK)).unflatten(3, (heads // groups, chunk))
+    score = score.masked_fill(~seen[:, :, None, None], float("-inf"))
+    max_BNGRC = score.amax(-1)
+    score_S = None
+    if sinks is not None:
+        score_S = _sink_scores(q_BTGRK, sinks.k_BXSGK.to(dtype), position_BT, window)
+        padded = F.pad(score_S, (0, 0, 0, 0, 0, 0, 0, pad), value=float("-inf"))
+        max_BNGRC = torch.maximum(max_BNGRC, padded.amax(-1).unflatten(1, (count, chunk)).permute(0, 1, 3, 4, 2))
+    max_BNGRC = max_BNGRC.masked_fill(max_BNGRC == float("-inf"), 0)
+    weight = (score - max_BNGRC.unsqueeze(-1)).exp()
+    num = (weight.flatten(3, 4) @ spans(v_BMGV).transpose(-1, -2)).unflatten(3, (heads // groups, chunk))
+
+    def rows(x_BNGRCX: Tensor) -> Tensor:  # [B, N, G, R, C, ...] -> [B, T, G, R, ...]
+        return x_BNGRCX.movedim(4, 2).flatten(1, 2)[:, :length]
+
+    num_BTGRV, den_BTGR, max_BTGR = rows(num), rows(weight.sum(-1)), rows(max_BNGRC)
+    if sinks is not None and score_S is not None:
+        weight_BTGRS = (score_S - max_BTGR.unsqueeze(-1)).exp()
+        num_BTGRV = num_BTGRV + weight_BTGRS @ sinks.v_BXSGV.to(dtype).transpose(2, 3)
+        den_BTGR = den_BTGR + weight_BTGRS.sum(-1)
+    return WindowSums(num_BTGRV.flatten(2, 3), den_BTGR.flatten(2, 3), max_BTGR.flatten(2, 3))
+
+
+def _sink_scores(q_BTGRK: Tensor, k_BXSGK: Tensor, position_BT: Tensor, window: int) -> Tensor:
+    """Scores [B, T, G, R, S]; -inf where the window still covers the sink, or the document has not come to it."""
+    index_S = torch.arange(k_BXSGK.shape[2], device=q_BTGRK.device)
+    seen_BTS = position_BT.unsqueeze(-1) - index_S >= window
+    score = q_BTGRK @ k_BXSGK.permute(0, 1, 3, 4, 2)
+    return score.masked_fill(~seen_BTS[:, :, None, None], float("-inf"))
+
+
+def naive_window_sums(
+    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGV: Tensor, position_BT: Tensor, window: int, sinks: Sinks | None = None
+) -> WindowSums:
+    """The definition, one query and head at a time; for tests."""
+    batch, length, heads, _ = q_BTHK.shape
+    share = heads // k_BMGK.shape[2]
+    num = q_BTHK.new_zeros(batch, length, heads, v_BMGV.shape[-1])
+    den, top = q_BTHK.new_zeros(batch, length, heads), q_BTHK.new_zeros(batch, length, heads)
+    for b in range(batch):
+        for t in range(length):
+            position = int(position_BT[b, t])
+            back = range(min(window, position + 1))
+            for h in range(heads):
+                keys = [k_BMGK[b, window - 1 + t - r, h // share] for r in back]
+                values = [v_BMGV[b, window - 1 + t - r, h // share] for r in back]
+                if sinks is not None:
+                    x = t if sinks.k_BXSGK.shape[1] > 1 else 0
+                    old = [s for s in range(sinks.k_BXSGK.shape[2]) if position - s >= window]
+                    keys += [sinks.k_BXSGK[b, x, s, h // share] for s in old]
+                    values += [sinks.v_BXSGV[b, x, s, h // share] for s in old]
+                if not keys:
+                    continue
+                score = torch.stack(keys) @ q_BTHK[b, t, h]
+                top[b, t, h] = score.max()
+                weight = (score - score.max()).exp()
+                num[b, t, h], den[b, t, h] = weight @ torch.stack(values), weight.sum()
+    return WindowSums(num, den, top)

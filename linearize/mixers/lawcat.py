@@ -1,0 +1,151 @@
+"""LAWCAT (arXiv 2509.18467): short causal convolutions on q and k, feature maps, and normalised linear attention with a
+decay per channel. No softmax is left unless a window is asked for. Legend in base.py; S taps, W window.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
+from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+from linearize.mixers.local import (
+    LOCAL_TENSORS,
+    Local,
+    LocalRows,
+    attend,
+    local_state,
+    local_state_bytes,
+)
+from linearize.mixers.timeline import PutBack, Timeline, begin, positions, tail_of
+from linearize_kernels import LinearState, causal_conv, linear_sums
+
+GATE_RANK, GATE_STD, EPSILON = 16, 0.006, 1e-10
+"""Width of the gate's bottleneck, spread of its weights at the start, and what is added to the denominator: the values
+of the authors' code."""
+
+OTHER_TAPS = 0.001
+"""Start of the taps on earlier tokens; the current token's is 1 (initialiser `idt` of the authors' code)."""
+
+
+class LawcatConfig(MixerConfig):
+    """Options of the LAWCAT mixer."""
+
+    kind: Literal["lawcat"] = "lawcat"
+    kernel: int = Field(4, ge=1, le=32, description="taps of the convolutions on q and k; 1 scales the channels only")
+    features: int | None = Field(None, ge=1, le=512, description="features per sign; default: half the key width")
+    tied: bool = Field(True, description="queries and keys share their feature maps (the paper), or not")
+    tied_conv: bool = Field(False, description="queries and keys share their filters")
+    normalisation: Normalisation = "softmax"
+    gate: Literal["channel", "scalar"] = Field("channel", description="a decay per feature, or one per query head")
+    temperature: float = Field(16.0, gt=0, description="log decay = logsigmoid(a) / temperature")
+    rope: bool = Field(False, description="rotate q and k before the convolutions; the paper reports that it harms")
+    window: int = Field(0, ge=0, le=4096, description="softmax window beside the linear branch; 0 = none (the default)")
+
+    @model_validator(mode="after")
+    def _agree(self) -> "LawcatConfig":
+        if self.tied_conv and self.kernel == 1:
+            raise ValueError("tied_conv with kernel: 1 leaves no filters to tie; leave out tied_conv")
+        return self
+
+
+class _Tails(NamedTuple):
+    seen_B: Tensor
+    q_BSHK: Tensor  # the last kernel - 1 queries and keys before the convolution
+    k_BSGK: Tensor
+
+
+class Lawcat(StudentMixer):
+    """y = sum_j phi(q~_i).(phi(k~_j) * decay_ij) v_j / (the same without v, + 1e-10).
+
+    With a window: (g num_W + num) / (g den_W + den + 1e-10), g = sigmoid(factor) per head, the window rotated. The
+    linear branch still covers all keys, so those in the window count twice: this is what is published.
+    """
+
+    rows = "matrix"  # 1e-10 in the denominator: rows sum to a little less than 1
+
+    def __init__(self, config: LawcatConfig, shapes: HeadShapes) -> None:
+        super().__init__()
+        self.config, self.shapes = config, shapes
+        heads, width = shapes.query_heads, shapes.key_width
+        self.features = config.features or max(1, width // 2)
+        arguments = (heads, width, self.features, False, config.normalisation)
+        self.query_map = HedgehogMap(*arguments)
+        self.key_map = self.query_map if config.tied else HedgehogMap(*arguments)
+        self.query_taps_HKS = nn.Parameter(torch.empty(heads, width, config.kernel))
+        self.key_taps_HKS = self.query_taps_HKS if config.tied_conv else nn.Parameter(torch.empty(heads, width, config.kernel))
+        self.gate_width = 2 * self.features if config.gate == "channel" else 1
+        self.gate_down = nn.Linear(shapes.width, GATE_RANK, bias=False)
+        self.gate_up = nn.Linear(GATE_RANK, self._gate_heads() * self.gate_width)
+        self.window_factor_H = nn.Parameter(torch.empty(heads)) if config.window else None
+        self.local = Local(max(1, config.window), 0, rope=True, scaling=shapes.scaling)
+        self.reset_parameters()
+
+    def _gate_heads(self) -> int:
+        """Published: per key/value head, repeated over its queries; the scalar gate is one per query head."""
+        return self.shapes.key_heads if self.config.gate == "channel" else self.shapes.query_heads
+
+    def reset_parameters(self) -> None:
+        for maps in {self.query_map, self.key_map}:
+            maps.reset_parameters()
+        for taps in (self.query_taps_HKS, self.key_taps_HKS):
+            nn.init.constant_(taps, OTHER_TAPS)
+            nn.init.ones_(taps[..., 0])
+        nn.init.normal_(self.gate_down.weight, std=GATE_STD)
+        nn.init.normal_(self.gate_up.weight, std=GATE_STD)
+        nn.init.zeros_(self.gate_up.bias)
+        if self.window_factor_H is not None:
+            nn.init.zeros_(self.window_factor_H)
+
+    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
+        shapes, element = self.shapes, torch.finfo(dtype).bits // 8
+        linear = 4 * shapes.query_heads * 2 * self.features * (shapes.value_width + 1)
+        taps = 8 + element * (self.config.kernel - 1) * (shapes.query_heads + shapes.key_heads) * shapes.key_width
+        local = local_state_bytes(self.local, shapes, dtype) if self.config.window else 0
+        return linear + taps + local
+
+    def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        tails = None if state is None else _Tails(*state[:3])
+        heads, timeline, put_back = begin(heads, None if tails is None else tails.seen_B)
+        q_BTHF, k_BTHF, after = self._features(heads, timeline, tails)
+        linear_state = None if state is None else LinearState(*state[3:5])
+        gate = self._log_gate(heads)
+        num_BTHV, den_BTH, linear = linear_sums(q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT)
+        new_state: MixerState = (*after, *linear)
+        if not self.linear_branch and self.config.window:
+            num_BTHV, den_BTH = torch.zeros_like(num_BTHV), torch.zeros_like(den_BTH)
+        if self.window_factor_H is not None:
+            exact = attend(heads, timeline, self.local, None if state is None else local_state(state[5:]))
+            near_H = self.window_factor_H.sigmoid()
+            num_BTHV = num_BTHV + near_H.unsqueeze(-1) * exact.sums.num_BTHV
+            den_BTH = den_BTH + near_H * exact.sums.den_BTH
+            new_state = (*new_state, *exact.state)
+        y_BTHV = num_BTHV / (den_BTH + EPSILON).unsqueeze(-1)
+        return put_back(y_BTHV).to(heads.v_BTGV.dtype), new_state
+
+    def _features(self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None) -> tuple[Tensor, Tensor, _Tails]:
+        """Query and key features [B, T, H, 2F] after the convolutions; 0 for padded keys."""
+        past = self.config.kernel - 1
+        q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
+        if self.config.rope and heads.rope is not None:
+            q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
+        q_BMHK = timeline.join(None if tails is None else tails.q_BSHK, q_BTHK.to(heads.v_BTGV.dtype), past)
+        k_BMGK = timeline.join(None if tails is None else tails.k_BSGK, k_BTGK.to(heads.v_BTGV.dtype), past)
+        q_BTHF = self.query_map(causal_conv(q_BMHK, self.query_taps_HKS, timeline.position_BT), "query")
+        k_BTHF = self.key_map(causal_conv(k_BMGK, self.key_taps_HKS, timeline.position_BT), "key")
+        if heads.mask_BT is not None:
+            k_BTHF = k_BTHF * heads.mask_BT[:, :, None, None]
+        return q_BTHF, k_BTHF, _Tails(timeline.seen_B, tail_of(q_BMHK, past), tail_of(k_BMGK, past))
+
+    def _log_gate(self, heads: HeadInputs) -> Tensor:
+        """[B, T, H, 2F] or [B, T, H]; 0 for padding."""
+        a = self.gate_up(self.gate_down(heads.x_BTD.to(self.gate_up.weight.dtype)))
+        log_gate = (F.logsigmoid(a) / self.config.temperature).unflatten(-1, (self._gate_heads(), self.gate_width))
+        log_gate = log_gate.repeat_interleave(self.shapes.query_heads // self._gate_heads(), dim=2)
+        if heads.mask_BT is not None:
+            log_gate = log_gate * heads.mask_BT[:, :, None, None]
+        return log_gate if self.config.gate == "channel" else log_gate.squeeze(-1)

@@ -1,0 +1,181 @@
+"""Lizard (arXiv 2507.09025): gated linear attention beside a sliding window with meta-memory logits.
+
+Two forms. `published` follows the paper: no RoPE, both branches over their own denominators, outputs added. Ours keeps
+RoPE in the window, gives the linear branch only the keys that the window (and the sinks) do not see, and divides both by
+one denominator. Legend in base.py; W window, M meta-memory logits.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
+from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+from linearize.mixers.local import (
+    LOCAL_TENSORS,
+    BranchSums,
+    Local,
+    LocalRows,
+    attend,
+    divide,
+    local_state,
+    local_state_bytes,
+    normalised,
+)
+from linearize.mixers.timeline import PutBack, begin
+from linearize_kernels import LinearState, linear_sums
+
+
+class LizardConfig(MixerConfig):
+    """Options of the Lizard mixer."""
+
+    kind: Literal["lizard"] = "lizard"
+    published: bool = Field(False, description="the paper's form: no RoPE, separate denominators, overlapping keys")
+    window: int = Field(128, ge=1, le=4096, description="keys that are attended to exactly, the query's own included")
+    sinks: int = Field(0, ge=0, le=64, description="first tokens that stay in the exact branch; published: 0")
+    meta: int = Field(4, ge=0, le=64, description="meta-memory logits: they take weight in the window and give nothing")
+    features: int | None = Field(None, ge=1, le=512, description="features per sign; default: the key width")
+    normalisation: Normalisation = Field("softmax", description="exp (the paper's text) | softmax (its Table 13)")
+    gate: Literal["token", "head"] = Field("token", description="one decay per token, or one per token and head")
+    half_life: tuple[float, float] | None = Field(
+        None, description="tokens; heads start spread between the two. Default: gate 0.5 if published, else 64 to 1024"
+    )
+    mix: float | None = Field(None, gt=0, description="start of the learned mix; default 1 if published, else 0.1")
+
+    @model_validator(mode="after")
+    def _agree(self) -> "LizardConfig":
+        if self.published and self.sinks:
+            raise ValueError("published has no sinks; leave out sinks, or published")
+        if self.half_life is not None and not 0 < self.half_life[0] <= self.half_life[1]:
+            raise ValueError(f"half_life {list(self.half_life)} must be two positive numbers, the smaller one first")
+        return self
+
+
+class Lizard(StudentMixer):
+    """gamma_t = sigmoid(x_t W + b), scalar; S_t = gamma_t S_t-1 + phi(k) v^T; both branches mixed by a learned factor.
+
+    published: y = num_gate / den_gate + alpha num_W / (den_W + sum_j e^t_j).
+    ours:      y = (num_W + a num_far) / (den_W + sum_j e^t_j + a den_far), where the window's sums and e^t_j carry e^-m
+               (m their row maximum) and a does not. A key starts to decay when it leaves the window.
+
+    The paper gives no initial values: those here are ours. One meta-memory set and one mix per head are our reading.
+    """
+
+    rows = "matrix"
+
+    def __init__(self, config: LizardConfig, shapes: HeadShapes) -> None:
+        super().__init__()
+        self.config, self.shapes = config, shapes
+        self.features = config.features or shapes.key_width
+        rope = not config.published
+        far_rope = None if config.published else False
+        self.local = Local(config.window, config.sinks, not config.published, shapes.scaling, far_rope)
+        arguments = (shapes.query_heads, shapes.key_width, self.features, False, config.normalisation)
+        self.query_map, self.key_map = HedgehogMap(*arguments), HedgehogMap(*arguments)
+        self.gate = nn.Linear(shapes.width, shapes.query_heads if config.gate == "head" else 1)
+        self.meta_HM = nn.Parameter(torch.empty(shapes.query_heads, config.meta)) if config.meta else None
+        self.mix_H = nn.Parameter(torch.empty(shapes.query_heads))  # alpha, or log a
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        config = self.config
+        self.query_map.reset_parameters()
+        self.key_map.reset_parameters()
+        nn.init.zeros_(self.gate.weight)
+        first, last = config.half_life or ((1.0, 1.0) if config.published else (64.0, 1024.0))
+        with torch.no_grad():
+            self.gate.bias.copy_(gate_bias(self.gate.out_features, first, last))
+        mix = config.mix or (1.0 if config.published else 0.1)
+        nn.init.constant_(self.mix_H, mix if config.published else math.log(mix))
+        if self.meta_HM is not None:
+            nn.init.zeros_(self.meta_HM)
+
+    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
+        linear = 4 * self.shapes.query_heads * 2 * self.features * (self.shapes.value_width + 1)
+        return local_state_bytes(self.local, self.shapes, dtype) + linear
+
+    def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        put_back, sums = self._sums(heads, state)
+        if self.config.published:
+            near_H, far_H = self._weights()
+            y_BTHV = near_H.unsqueeze(-1) * divide(sums.near_num, sums.near_den)
+            y_BTHV = y_BTHV + far_H.unsqueeze(-1) * divide(sums.far_num, sums.far_den)
+        else:
+            y_BTHV = divide(sums.near_num + sums.far_num, sums.near_den + sums.far_den)
+        return put_back(y_BTHV).to(heads.v_BTGV.dtype), sums.state
+
+    def _sums(self, heads: HeadInputs, state: MixerState | None) -> tuple[PutBack, BranchSums]:
+        """Both branches; unweighted when published, each with its weight otherwise."""
+        before = local_state(state)
+        heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
+        exact = attend(heads, timeline, self.local, before)
+        k_BTGK, v_BTGV, exists_BT = exact.left_k_BTGK, exact.left_v_BTGV, exact.left_BT
+        if self.config.published:
+            k_BTGK, v_BTGV, exists_BT = heads.k_BTGK, heads.v_BTGV, timeline.position_BT >= 0
+        far_num, far_den, linear = linear_sums(
+            self.query_map(heads.q_BTHK, "query"),
+            self.key_map(k_BTGK, "key") * exists_BT[:, :, None, None],
+            v_BTGV,
+            self._log_gate(heads).expand(-1, -1, self.shapes.query_heads),
+            None if state is None else LinearState(*state[LOCAL_TENSORS:]),
+            heads.segments_BT,
+        )
+        near_num, near_den, top_BTH = exact.sums
+        if self.meta_HM is not None:
+            near_den = near_den + (self.meta_HM - top_BTH.unsqueeze(-1)).exp().sum(-1)
+        if not self.config.published:
+            far_H = self._weights()[1]
+            far_num, far_den = far_H.unsqueeze(-1) * far_num, far_H * far_den
+        return put_back, BranchSums(near_num, near_den, far_num, far_den, (*exact.state, *linear))
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Of the window and of the linear branch, per head."""
+        one_H = torch.ones_like(self.mix_H)
+        near_H, far_H = (self.mix_H, one_H) if self.config.published else (one_H, self.mix_H.exp())
+        return near_H, far_H if self.linear_branch else torch.zeros_like(far_H)
+
+    def _log_gate(self, heads: HeadInputs) -> Tensor:
+        """[B, T, 1 or H]; 0 for padding."""
+        log_gate = F.logsigmoid(self.gate(heads.x_BTD.to(self.gate.weight.dtype)))
+        return log_gate if heads.mask_BT is None else log_gate * heads.mask_BT.unsqueeze(-1)
+
+    def row_weights(self, heads: HeadInputs) -> RowWeights:
+        exact = LocalRows(heads, self.local)
+        q_BTHF, k_BTHF = self.query_map(heads.q_BTHK, "query"), self.key_map(heads.k_BTGK, "key")
+        since_BTH = self._log_gate(heads).expand(-1, -1, self.shapes.query_heads).cumsum(1)
+        # ours: a key decays from the token on at which it leaves the window
+        late = 0 if self.config.published else self.config.window
+        near_H11, far_H11 = (weight.view(-1, 1, 1) for weight in self._weights())
+
+        def rows(start: int, stop: int) -> Tensor:
+            far = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)
+            since_j = F.pad(since_BTH, (0, 0, 0, late), mode="replicate")[:, late:] if late else since_BTH
+            log_decay = since_BTH[:, start:stop, None] - since_j[:, None]
+            far = far * log_decay.clamp_max(0).exp().movedim(-1, 1)
+            near, top = exact.weights(start, stop)
+            near_den = near.sum(-1, keepdim=True)
+            if self.meta_HM is not None:
+                near_den = near_den + (self.meta_HM[:, None] - top).exp().sum(-1, keepdim=True)
+            if self.config.published:
+                far = far.masked_fill(~heads.seen(start, stop), 0)
+                return near_H11 * near / near_den + far_H11 * normalised(far)
+            far = far_H11 * far.masked_fill(~exact.split(start, stop)[1], 0)
+            return (near + far) / (near_den + far.sum(-1, keepdim=True))
+
+        return rows
+
+    def readings(self, heads: HeadInputs) -> Readings:
+        put_back, sums = self._sums(heads, None)
+        return Readings(self._log_gate(heads), put_back(sums.far_share()))
+
+
+def gate_bias(gates: int, first: float, last: float) -> Tensor:
+    """Biases b [gates] with sigmoid(b) = 0.5^(1 / half-life), half-lives spread evenly in the log from first to last."""
+    lives = torch.linspace(math.log(first), math.log(last), gates) if gates > 1 else torch.tensor([math.log(first * last) / 2])
+    return torch.logit(0.5 ** (1 / lives.exp().double())).float()

@@ -1,0 +1,167 @@
+"""The exact branch that several mixers share: softmax over a sliding window and over sink tokens.
+
+Sink tokens are the first of the document (arXiv 2309.17453): teachers park attention there that no other key gets.
+Legend in base.py; W window, S sinks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize.mixers.base import HeadInputs, HeadShapes, MixerState
+from linearize.mixers.timeline import Timeline, find_sinks, positions, tail_of
+from linearize_kernels import Sinks, WindowSums, window_sums
+
+
+@dataclass(frozen=True)
+class Local:
+    """Which keys are attended to exactly, and how."""
+
+    window: int
+    sinks: int
+    rope: bool
+    scaling: float
+    far_rope: bool | None = None  # whether the other branch wants rotated keys; None = there is none
+
+    @property
+    def own_far_keys(self) -> bool:
+        """Keys that leave the window differ from those inside, so that both kinds are kept."""
+        return self.far_rope is not None and self.far_rope != self.rope
+
+    def queries_and_keys(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
+        """q (rotated if `rope`, scaled) and k (rotated if `rope`), in fp32 at least."""
+        q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
+        dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
+        q_BTHK, k_BTGK = q_BTHK.to(dtype), k_BTGK.to(dtype)
+        if self.rope and heads.rope is not None:
+            q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
+        return q_BTHK * self.scaling, k_BTGK
+
+
+class LocalState(NamedTuple):
+    """What decoding needs: W keys and values as the window reads them, and the sinks."""
+
+    seen_B: Tensor  # int64: real tokens so far
+    k_BWGK: Tensor
+    v_BWGV: Tensor
+    sink_k_BSGK: Tensor
+    sink_v_BSGV: Tensor
+    far_k_BWGK: Tensor  # the window's keys as the other branch wants them; of size 0 where they are the same
+
+
+LOCAL_TENSORS = len(LocalState._fields)
+"""A mixer's own state follows these."""
+
+
+class Attended(NamedTuple):
+    """The exact branch's sums, its state, and the keys that have just left the window, one for each current token."""
+
+    sums: WindowSums
+    state: LocalState
+    left_k_BTGK: Tensor  # the key `window` tokens before, rotated as `far_rope` says
+    left_v_BTGV: Tensor
+    left_BT: Tensor  # True where there is such a key and no sink keeps it
+
+
+class BranchSums(NamedTuple):
+    """Numerators [B, T, H, V] and denominators [B, T, H] of both branches, each with its weight, and the new state."""
+
+    near_num: Tensor
+    near_den: Tensor
+    far_num: Tensor
+    far_den: Tensor
+    state: MixerState
+
+    def far_share(self) -> Tensor:
+        """The other branch's share of the denominator, [B, T, H]; 0 where nothing is seen."""
+        total = self.near_den + self.far_den
+        return self.far_den / total.clamp_min(torch.finfo(total.dtype).tiny)
+
+
+def attend(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState | None) -> Attended:
+    """Exact attention of the current tokens; `heads` and `timeline` as `timeline.begin` gave them."""
+    q_BTHK, k_BTGK = local.queries_and_keys(heads)
+    v_BTGV, dtype = heads.v_BTGV, heads.v_BTGV.dtype
+    # kept in the values' dtype, so that prefill reads what decoding will read
+    k_BTGK = k_BTGK.to(dtype)
+    window = local.window
+    joined_k = timeline.join(None if state is None else state.k_BWGK, k_BTGK, window)
+    joined_v = timeline.join(None if state is None else state.v_BWGV, v_BTGV, window)
+    seen, kept = None, Sinks(k_BTGK[:, None, :0], v_BTGV[:, None, :0])
+    if local.sinks:
+        old = None if state is None else Sinks(state.sink_k_BSGK[:, None], state.sink_v_BSGV[:, None])
+        seen, kept = find_sinks(timeline, old, k_BTGK, v_BTGV, local.sinks)
+    sums = window_sums(q_BTHK, joined_k[:, 1:], joined_v[:, 1:], timeline.position_BT, window, seen)
+    far, far_tail = joined_k, k_BTGK[:, :0]
+    if local.own_far_keys:
+        k_far = heads.k_BTGK if not local.far_rope or heads.rope is None else heads.rope.rotate(heads.k_BTGK)
+        far = timeline.join(None if state is None else state.far_k_BWGK, k_far.to(dtype), window)
+        far_tail = tail_of(far, window)
+    after = LocalState(
+        timeline.seen_B,
+        tail_of(joined_k, window),
+        tail_of(joined_v, window),
+        kept.k_BXSGK[:, 0].clone(),
+        kept.v_BXSGV[:, 0].clone(),
+        far_tail,
+    )
+    length = k_BTGK.shape[1]
+    left_BT = timeline.position_BT >= window + local.sinks
+    return Attended(sums, after, far[:, :length], joined_v[:, :length], left_BT)
+
+
+def local_state(state: MixerState | None) -> LocalState | None:
+    """The first tensors of a mixer's state."""
+    return None if state is None else LocalState(*state[:LOCAL_TENSORS])
+
+
+def local_state_bytes(local: Local, shapes: HeadShapes, dtype: torch.dtype) -> int:
+    """Bytes of `LocalState` per sequence."""
+    element = torch.finfo(dtype).bits // 8
+    exact = (local.window + local.sinks) * (shapes.key_width + shapes.value_width)
+    far = local.window * shapes.key_width if local.own_far_keys else 0
+    return 8 + element * shapes.key_heads * (exact + far)
+
+
+class LocalRows:
+    """exp(score - max) of the exact branch by query rows, on whole sequences.
+
+    Quadratic in memory per row block: for objectives on attention weights, diagnostics and tests.
+    """
+
+    def __init__(self, heads: HeadInputs, local: Local) -> None:
+        self.heads, self.window = heads, local.window
+        self.q_BTHK, k_BTGK = local.queries_and_keys(heads)
+        k_BTGK = k_BTGK.to(heads.v_BTGV.dtype).to(k_BTGK.dtype)
+        self.k_BTHK = k_BTGK.repeat_interleave(self.q_BTHK.shape[2] // k_BTGK.shape[2], dim=2)
+        self.position_BT = positions(heads)
+        self.sink_BT = self.position_BT < local.sinks
+
+    def split(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """The keys that rows start..stop see exactly, and those left to the other branch: bool [B, 1, R, T]."""
+        back_BRT = self.position_BT[:, start:stop, None] - self.position_BT[:, None]
+        exact_BHRT = (back_BRT < self.window)[:, None] | self.sink_BT[:, None, None]
+        seen = self.heads.seen(start, stop)
+        return seen & exact_BHRT, seen & ~exact_BHRT
+
+    def weights(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """exp(score - max) [B, H, R, T], 0 outside, and max [B, H, R, 1]."""
+        score = torch.einsum("bihk,bjhk->bhij", self.q_BTHK[:, start:stop], self.k_BTHK)
+        score = score.masked_fill(~self.split(start, stop)[0], float("-inf"))
+        top = score.amax(-1, keepdim=True)
+        top = top.masked_fill(top == float("-inf"), 0)
+        return (score - top).exp(), top
+
+
+def divide(num_BTHV: Tensor, den_BTH: Tensor) -> Tensor:
+    """num / den, and 0 where nothing was seen."""
+    return num_BTHV / den_BTH.clamp_min(torch.finfo(den_BTH.dtype).tiny).unsqueeze(-1)
+
+
+def normalised(weight_BHRT: Tensor) -> Tensor:
+    """Rows that sum to 1."""
+    return weight_BHRT / weight_BHRT.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_BHRT.dtype).tiny)

@@ -1,0 +1,122 @@
+"""Windowed Hedgehog of LoLCATs (arXiv 2410.10254): softmax in a sliding window, feature maps beyond it, one denominator.
+
+Legend in base.py; W window.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
+from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+from linearize.mixers.local import (
+    LOCAL_TENSORS,
+    BranchSums,
+    Local,
+    LocalRows,
+    attend,
+    divide,
+    local_state,
+    local_state_bytes,
+    normalised,
+)
+from linearize.mixers.timeline import PutBack, begin
+from linearize_kernels import LinearState, linear_sums
+
+WINDOW_FACTOR = -2.1972
+"""sigmoid of it is 0.1, the published start of the window's weight (configurations of arXiv 2410.10254)."""
+
+
+class LolcatsConfig(MixerConfig):
+    """Options of the windowed Hedgehog mixer."""
+
+    kind: Literal["lolcats"] = "lolcats"
+    window: int = Field(64, ge=1, le=4096, description="keys that are attended to exactly, the query's own included")
+    sinks: int = Field(0, ge=0, le=64, description="first tokens that stay in the exact branch; published: 0")
+    features: int | None = Field(None, ge=1, le=512, description="features per sign; default: the key width")
+    normalisation: Normalisation = Field("softmax", description="exp | softmax | softmax_joint: three functions")
+    affine: bool = Field(False, description="the linear branch weighs 1 - g beside the window's g, instead of 1")
+    start: Literal["identity", "kaiming"] = "identity"
+
+
+class Lolcats(StudentMixer):
+    """num / den with num = g sum_W e^(s - m) v + l sum_beyond phi(q).phi(k) v, and the same with 1 for v.
+
+    g = sigmoid(factor) per head. The maximum m of the window's scores is not compensated in the linear branch: this is
+    what is published, so the mixture depends on m. Both branches read rotated q and k.
+    """
+
+    rows = "normalised"
+
+    def __init__(self, config: LolcatsConfig, shapes: HeadShapes) -> None:
+        super().__init__()
+        self.config, self.shapes = config, shapes
+        self.features = config.features or shapes.key_width
+        self.local = Local(config.window, config.sinks, rope=True, scaling=shapes.scaling, far_rope=True)
+        arguments = (shapes.query_heads, shapes.key_width, self.features, False, config.normalisation)
+        self.query_map, self.key_map = HedgehogMap(*arguments), HedgehogMap(*arguments)
+        self.window_factor_H = nn.Parameter(torch.empty(shapes.query_heads))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        self.query_map.reset_parameters(self.config.start)
+        self.key_map.reset_parameters(self.config.start)
+        nn.init.constant_(self.window_factor_H, WINDOW_FACTOR)
+
+    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
+        linear = 4 * self.shapes.query_heads * 2 * self.features * (self.shapes.value_width + 1)
+        return local_state_bytes(self.local, self.shapes, dtype) + linear
+
+    def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        put_back, sums = self._sums(heads, state)
+        y_BTHV = divide(sums.near_num + sums.far_num, sums.near_den + sums.far_den)
+        return put_back(y_BTHV).to(heads.v_BTGV.dtype), sums.state
+
+    def _sums(self, heads: HeadInputs, state: MixerState | None) -> tuple[PutBack, BranchSums]:
+        before = local_state(state)
+        heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
+        exact = attend(heads, timeline, self.local, before)
+        q_BTHK = heads.q_BTHK if heads.rope is None else heads.rope.rotate(heads.q_BTHK)
+        linear_state = None if state is None else LinearState(*state[LOCAL_TENSORS:])
+        far_num, far_den, linear = linear_sums(
+            self.query_map(q_BTHK, "query"),
+            self.key_map(exact.left_k_BTGK, "key") * exact.left_BT[:, :, None, None],
+            exact.left_v_BTGV,
+            None,
+            linear_state,
+            heads.segments_BT,
+        )
+        near_H, far_H = self._weights()
+        near_num, near_den = near_H.unsqueeze(-1) * exact.sums.num_BTHV, near_H * exact.sums.den_BTH
+        far_num, far_den = far_H.unsqueeze(-1) * far_num, far_H * far_den
+        return put_back, BranchSums(near_num, near_den, far_num, far_den, (*exact.state, *linear))
+
+    def _weights(self) -> tuple[Tensor, Tensor]:
+        """Of the window and of the linear branch, per head."""
+        near_H = self.window_factor_H.sigmoid()
+        far_H = 1 - near_H if self.config.affine else torch.ones_like(near_H)
+        return near_H, far_H if self.linear_branch else torch.zeros_like(far_H)
+
+    def row_weights(self, heads: HeadInputs) -> RowWeights:
+        exact = LocalRows(heads, self.local)
+        rope = heads.rope
+        q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
+        if rope is not None:
+            q_BTHK, k_BTGK = rope.rotate(q_BTHK), rope.rotate(k_BTGK)
+        q_BTHF, k_BTHF = self.query_map(q_BTHK, "query"), self.key_map(k_BTGK, "key")
+        near_H11, far_H11 = (weight.view(-1, 1, 1) for weight in self._weights())
+
+        def rows(start: int, stop: int) -> Tensor:
+            far = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)
+            far = far.masked_fill(~exact.split(start, stop)[1], 0)
+            return normalised(near_H11 * exact.weights(start, stop)[0] + far_H11 * far)
+
+        return rows
+
+    def readings(self, heads: HeadInputs) -> Readings:
+        put_back, sums = self._sums(heads, None)
+        return Readings(linear_share_BTH=put_back(sums.far_share()))

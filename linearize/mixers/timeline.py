@@ -1,0 +1,154 @@
+"""Where each token stands in its document, and what of the past a mixer with a short memory keeps.
+
+Windows, convolutions and sinks need exact neighbours. Positions count real tokens of the document, so padding, packed
+rows and chunked prefill are one case: a token at position p sees at most p tokens back. Legend in base.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from linearize.mixers.base import HeadInputs, Rope
+from linearize_kernels import Sinks
+
+
+PutBack = Callable[[Tensor], Tensor]
+"""Puts outputs [B, T, ...] back to where their tokens stood."""
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The current tokens' places.
+
+    Attributes:
+        position_BT: index of each token in its document, continued from the state; -1 for padding.
+        padding_B: how many of the current tokens are padding, all at the left; None = none anywhere.
+        seen_B: real tokens of the row's last document, the current ones included; part of the state.
+        packed: rows hold several documents.
+    """
+
+    position_BT: Tensor
+    padding_B: Tensor | None
+    seen_B: Tensor
+    packed: bool = False
+
+    def join(self, tail_BNX: Tensor | None, x_BTX: Tensor, count: int) -> Tensor:
+        """The `count` tokens before the current ones, then these: [B, count + T, ...]. No tail = zeros.
+
+        Rows with padding have it first, then the tail, then the real tokens: neighbours stay neighbours.
+        """
+        batch, length = x_BTX.shape[:2]
+        if tail_BNX is None:
+            tail_BNX = x_BTX.new_zeros(batch, count, *x_BTX.shape[2:])
+        joined = torch.cat([tail_BNX.to(x_BTX.dtype), x_BTX], dim=1)
+        if self.padding_B is None:
+            return joined
+        place = torch.arange(count + length, device=x_BTX.device)
+        padding = self.padding_B[:, None]
+        source = torch.where(place < padding, place + count, torch.where(place < padding + count, place - padding, place))
+        return take(joined, source)
+
+
+def begin(heads: HeadInputs, seen_B: Tensor | None) -> tuple[HeadInputs, Timeline, PutBack]:
+    """Padding moved to the left, the timeline, and a function that puts outputs [B, T, ...] back where they belong.
+
+    Args:
+        seen_B: what the timeline before left in the state; None at the start of a sequence.
+    """
+    batch, length = heads.q_BTHK.shape[:2]
+    device = heads.q_BTHK.device
+    if seen_B is None:
+        seen_B = torch.zeros(batch, dtype=torch.long, device=device)
+    if heads.mask_BT is not None:
+        assert heads.segments_BT is None, "packed rows have no padding"
+        order_BT = heads.mask_BT.long().argsort(dim=1, stable=True)
+        back_BT = order_BT.argsort(dim=1)
+        heads = _reorder(heads, order_BT)
+        assert heads.mask_BT is not None
+        position_BT = (seen_B[:, None] + heads.mask_BT.long().cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
+        real_B = heads.mask_BT.long().sum(1)
+        return heads, Timeline(position_BT, length - real_B, seen_B + real_B), lambda y_BTX: take(y_BTX, back_BT)
+    position_BT = seen_B[:, None] + positions(heads)
+    if heads.segments_BT is None:
+        return heads, Timeline(position_BT, None, seen_B + length), lambda y_BTX: y_BTX
+    return heads, Timeline(position_BT, None, position_BT[:, -1] + 1, packed=True), lambda y_BTX: y_BTX
+
+
+def positions(heads: HeadInputs) -> Tensor:
+    """Index [B, T] of each token in its document, counting real tokens only, on sequences from their start."""
+    batch, length = heads.q_BTHK.shape[:2]
+    if heads.mask_BT is not None:
+        return (heads.mask_BT.long().cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
+    place_T = torch.arange(length, device=heads.q_BTHK.device)
+    if heads.segments_BT is None:
+        return place_T.expand(batch, -1)
+    starts_BT = F.pad(heads.segments_BT[:, 1:] != heads.segments_BT[:, :-1], (1, 0), value=False)
+    return place_T - torch.where(starts_BT, place_T, 0).cummax(dim=1).values
+
+
+def take(x_BTX: Tensor, index_BN: Tensor) -> Tensor:
+    """x[b, index[b, n]]: [B, N, ...]."""
+    index = index_BN.view(*index_BN.shape, *[1] * (x_BTX.ndim - 2)).expand(-1, -1, *x_BTX.shape[2:])
+    return x_BTX.gather(1, index)
+
+
+def tail_of(joined: Tensor, count: int) -> Tensor:
+    """The last `count` tokens, in memory of their own."""
+    return joined[:, joined.shape[1] - count :].clone()
+
+
+def find_sinks(
+    timeline: Timeline, state: Sinks | None, k_BTGK: Tensor, v_BTGV: Tensor, sinks: int
+) -> tuple[Sinks, Sinks]:
+    """The first `sinks` tokens of each document: as the current queries see them, and as the state keeps them.
+
+    A sink that has not come yet is anything: queries do not see it, because their positions tell.
+    """
+    kept = Sinks(
+        _kept(timeline, None if state is None else state.k_BXSGK[:, 0], k_BTGK, sinks)[:, None],
+        _kept(timeline, None if state is None else state.v_BXSGV[:, 0], v_BTGV, sinks)[:, None],
+    )
+    if not timeline.packed:
+        return kept, kept
+    length = k_BTGK.shape[1]
+    first_BT = torch.arange(length, device=k_BTGK.device) - timeline.position_BT
+    source = first_BT[..., None] + torch.arange(sinks, device=k_BTGK.device)
+    source = source.clamp_max(length - 1).flatten(1)
+    shape = (length, sinks)
+    return Sinks(take(k_BTGK, source).unflatten(1, shape), take(v_BTGV, source).unflatten(1, shape)), kept
+
+
+def _kept(timeline: Timeline, state_BSX: Tensor | None, x_BTX: Tensor, sinks: int) -> Tensor:
+    """Sink tokens [B, S, ...] of the row's last document, from the state or from the current tokens."""
+    batch, length = x_BTX.shape[:2]
+    if state_BSX is None:
+        state_BSX = x_BTX.new_zeros(batch, sinks, *x_BTX.shape[2:])
+    joined = torch.cat([state_BSX.to(x_BTX.dtype), x_BTX], dim=1)
+    index_S = torch.arange(sinks, device=x_BTX.device)
+    place_BS = index_S + sinks + (length - timeline.seen_B)[:, None]  # where token s stands, if it is a current one
+    old_BS = place_BS < sinks + (0 if timeline.padding_B is None else timeline.padding_B[:, None])
+    source = torch.where(old_BS, index_S, place_BS.clamp_max(sinks + length - 1))
+    unknown_BS = (index_S >= timeline.seen_B[:, None]).view(batch, sinks, *[1] * (x_BTX.ndim - 2))
+    return take(joined, source).masked_fill(unknown_BS, 0)
+
+
+def _reorder(heads: HeadInputs, order_BT: Tensor) -> HeadInputs:
+    rope = heads.rope
+    if rope is not None:
+        cos, sin = (x.expand(order_BT.shape[0], -1, -1) for x in (rope.cos_BTR, rope.sin_BTR))
+        rope = Rope(take(cos, order_BT), take(sin, order_BT))
+    assert heads.mask_BT is not None
+    return replace(
+        heads,
+        x_BTD=take(heads.x_BTD, order_BT),
+        q_BTHK=take(heads.q_BTHK, order_BT),
+        k_BTGK=take(heads.k_BTGK, order_BT),
+        v_BTGV=take(heads.v_BTGV, order_BT),
+        rope=rope,
+        mask_BT=heads.mask_BT.gather(1, order_BT),
+    )
