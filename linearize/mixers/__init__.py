@@ -8,7 +8,15 @@ from pydantic import ValidationError
 
 from linearize.errors import RecipeError, unknown_name
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Rope, StudentMixer
+from linearize.mixers.gdn import Gdn, GdnConfig
 from linearize.mixers.hedgehog import Hedgehog, HedgehogConfig
+from linearize.mixers.lawcat import Lawcat, LawcatConfig
+from linearize.mixers.liger import Liger, LigerConfig
+from linearize.mixers.lizard import Lizard, LizardConfig
+from linearize.mixers.lolcats import Lolcats, LolcatsConfig
+from linearize.mixers.swa import Swa, SwaConfig
+from linearize.mixers.t2r import T2r, T2rConfig
+from linearize.mixers.taylor import Taylor, TaylorConfig
 
 __all__ = [
     "MIXERS",
@@ -32,6 +40,14 @@ class MixerEntry(NamedTuple):
 
 MIXERS: dict[str, MixerEntry] = {
     "hedgehog": MixerEntry(HedgehogConfig, Hedgehog),
+    "lawcat": MixerEntry(LawcatConfig, Lawcat),
+    "lizard": MixerEntry(LizardConfig, Lizard),
+    "liger": MixerEntry(LigerConfig, Liger),
+    "lolcats": MixerEntry(LolcatsConfig, Lolcats),
+    "gdn": MixerEntry(GdnConfig, Gdn),
+    "t2r": MixerEntry(T2rConfig, T2r),
+    "taylor": MixerEntry(TaylorConfig, Taylor),
+    "swa": MixerEntry(SwaConfig, Swa),
 }
 
 

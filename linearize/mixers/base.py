@@ -112,10 +112,8 @@ class StudentMixer(nn.Module):
     rows: ClassVar[Literal["normalised", "matrix", "none"]] = "none"
     """What `row_weights` gives: rows that sum to 1, an unnormalised mixing matrix, or nothing."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear_branch = True
-        """False silences the linear branch of a mixer that also has an exact one, to measure what it is worth."""
+    linear_branch: bool = True
+    """False silences the linear branch of a mixer that also has an exact one, to measure what it is worth."""
 
     @abstractmethod
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:

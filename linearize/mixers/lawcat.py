@@ -13,15 +13,8 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import HedgehogMap, Normalisation
-from linearize.mixers.local import (
-    LOCAL_TENSORS,
-    Local,
-    LocalRows,
-    attend,
-    local_state,
-    local_state_bytes,
-)
-from linearize.mixers.timeline import PutBack, Timeline, begin, positions, tail_of
+from linearize.mixers.local import Local, LocalRows, attend, decayed_rows, local_state, local_state_bytes
+from linearize.mixers.timeline import Timeline, begin, tail_of
 from linearize_kernels import LinearState, causal_conv, linear_sums
 
 GATE_RANK, GATE_STD, EPSILON = 16, 0.006, 1e-10
@@ -77,7 +70,9 @@ class Lawcat(StudentMixer):
         self.query_map = HedgehogMap(*arguments)
         self.key_map = self.query_map if config.tied else HedgehogMap(*arguments)
         self.query_taps_HKS = nn.Parameter(torch.empty(heads, width, config.kernel))
-        self.key_taps_HKS = self.query_taps_HKS if config.tied_conv else nn.Parameter(torch.empty(heads, width, config.kernel))
+        self.key_taps_HKS = (
+            self.query_taps_HKS if config.tied_conv else nn.Parameter(torch.empty(heads, width, config.kernel))
+        )
         self.gate_width = 2 * self.features if config.gate == "channel" else 1
         self.gate_down = nn.Linear(shapes.width, GATE_RANK, bias=False)
         self.gate_up = nn.Linear(GATE_RANK, self._gate_heads() * self.gate_width)
@@ -116,13 +111,11 @@ class Lawcat(StudentMixer):
         gate = self._log_gate(heads)
         num_BTHV, den_BTH, linear = linear_sums(q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT)
         new_state: MixerState = (*after, *linear)
-        if not self.linear_branch and self.config.window:
-            num_BTHV, den_BTH = torch.zeros_like(num_BTHV), torch.zeros_like(den_BTH)
         if self.window_factor_H is not None:
             exact = attend(heads, timeline, self.local, None if state is None else local_state(state[5:]))
-            near_H = self.window_factor_H.sigmoid()
-            num_BTHV = num_BTHV + near_H.unsqueeze(-1) * exact.sums.num_BTHV
-            den_BTH = den_BTH + near_H * exact.sums.den_BTH
+            near_H, far = self.window_factor_H.sigmoid(), float(self.linear_branch)
+            num_BTHV = far * num_BTHV + near_H.unsqueeze(-1) * exact.sums.num_BTHV
+            den_BTH = far * den_BTH + near_H * exact.sums.den_BTH
             new_state = (*new_state, *exact.state)
         y_BTHV = num_BTHV / (den_BTH + EPSILON).unsqueeze(-1)
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), new_state
@@ -149,3 +142,29 @@ class Lawcat(StudentMixer):
         if heads.mask_BT is not None:
             log_gate = log_gate * heads.mask_BT[:, :, None, None]
         return log_gate if self.config.gate == "channel" else log_gate.squeeze(-1)
+
+    def row_weights(self, heads: HeadInputs) -> RowWeights:
+        ordered, timeline, put_back = begin(heads, None)
+        q_BTHF, k_BTHF, _ = self._features(ordered, timeline, None)
+        q_BTHF, k_BTHF, gate = put_back(q_BTHF), put_back(k_BTHF), self._log_gate(heads)
+        gate = gate if gate.ndim == 4 else gate.unsqueeze(-1)
+        exact = LocalRows(heads, self.local) if self.window_factor_H is not None else None
+
+        def rows(start: int, stop: int) -> Tensor:
+            weight = decayed_rows(q_BTHF, k_BTHF, gate, start, stop).masked_fill(~heads.seen(start, stop), 0)
+            if exact is not None and self.window_factor_H is not None:
+                near_H11 = self.window_factor_H.sigmoid().view(-1, 1, 1)
+                weight = float(self.linear_branch) * weight + near_H11 * exact.weights(start, stop)[0]
+            return weight / (weight.sum(-1, keepdim=True) + EPSILON)
+
+        return rows
+
+    def readings(self, heads: HeadInputs) -> Readings:
+        log_gate = self._log_gate(heads)
+        if self.window_factor_H is None:
+            return Readings(log_gate)
+        ordered, timeline, put_back = begin(heads, None)
+        q_BTHF, k_BTHF, _ = self._features(ordered, timeline, None)
+        far_BTH = linear_sums(q_BTHF, k_BTHF, ordered.v_BTGV, self._log_gate(ordered), None, heads.segments_BT)[1]
+        near_BTH = self.window_factor_H.sigmoid() * attend(ordered, timeline, self.local, None).sums.den_BTH
+        return Readings(log_gate, put_back(far_BTH / (far_BTH + near_BTH + EPSILON)))

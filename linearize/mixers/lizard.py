@@ -1,7 +1,7 @@
 """Lizard (arXiv 2507.09025): gated linear attention beside a sliding window with meta-memory logits.
 
 Two forms. `published` follows the paper: no RoPE, both branches over their own denominators, outputs added. Ours keeps
-RoPE in the window, gives the linear branch only the keys that the window (and the sinks) do not see, and divides both by
+RoPE in the window, gives the linear branch only the keys that the window and the sinks do not see, and divides both by
 one denominator. Legend in base.py; W window, M meta-memory logits.
 """
 
@@ -62,7 +62,7 @@ class Lizard(StudentMixer):
 
     published: y = num_gate / den_gate + alpha num_W / (den_W + sum_j e^t_j).
     ours:      y = (num_W + a num_far) / (den_W + sum_j e^t_j + a den_far), where the window's sums and e^t_j carry e^-m
-               (m their row maximum) and a does not. A key starts to decay when it leaves the window.
+               (m the largest of their exponents) and a does not. A key starts to decay when it leaves the window.
 
     The paper gives no initial values: those here are ours. One meta-memory set and one mix per head are our reading.
     """
@@ -73,7 +73,6 @@ class Lizard(StudentMixer):
         super().__init__()
         self.config, self.shapes = config, shapes
         self.features = config.features or shapes.key_width
-        rope = not config.published
         far_rope = None if config.published else False
         self.local = Local(config.window, config.sinks, not config.published, shapes.scaling, far_rope)
         arguments = (shapes.query_heads, shapes.key_width, self.features, False, config.normalisation)
@@ -128,11 +127,18 @@ class Lizard(StudentMixer):
         )
         near_num, near_den, top_BTH = exact.sums
         if self.meta_HM is not None:
-            near_den = near_den + (self.meta_HM - top_BTH.unsqueeze(-1)).exp().sum(-1)
+            kept_BTH, meta_BTH = self._with_meta(top_BTH)
+            near_num, near_den = near_num * kept_BTH.unsqueeze(-1), near_den * kept_BTH + meta_BTH
         if not self.config.published:
             far_H = self._weights()[1]
             far_num, far_den = far_H.unsqueeze(-1) * far_num, far_H * far_den
         return put_back, BranchSums(near_num, near_den, far_num, far_den, (*exact.state, *linear))
+
+    def _with_meta(self, top_BTH: Tensor) -> tuple[Tensor, Tensor]:
+        """What the window's sums are multiplied with, and what the meta-memory adds to their denominator."""
+        assert self.meta_HM is not None
+        new_BTH = torch.maximum(top_BTH, self.meta_HM.detach().amax(-1))
+        return (top_BTH - new_BTH).exp(), (self.meta_HM - new_BTH.unsqueeze(-1)).exp().sum(-1)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """Of the window and of the linear branch, per head."""
@@ -161,7 +167,8 @@ class Lizard(StudentMixer):
             near, top = exact.weights(start, stop)
             near_den = near.sum(-1, keepdim=True)
             if self.meta_HM is not None:
-                near_den = near_den + (self.meta_HM[:, None] - top).exp().sum(-1, keepdim=True)
+                kept, meta = (x.transpose(1, 2).unsqueeze(-1) for x in self._with_meta(top.squeeze(-1).transpose(1, 2)))
+                near, near_den = near * kept, near_den * kept + meta
             if self.config.published:
                 far = far.masked_fill(~heads.seen(start, stop), 0)
                 return near_H11 * near / near_den + far_H11 * normalised(far)
@@ -176,6 +183,7 @@ class Lizard(StudentMixer):
 
 
 def gate_bias(gates: int, first: float, last: float) -> Tensor:
-    """Biases b [gates] with sigmoid(b) = 0.5^(1 / half-life), half-lives spread evenly in the log from first to last."""
-    lives = torch.linspace(math.log(first), math.log(last), gates) if gates > 1 else torch.tensor([math.log(first * last) / 2])
-    return torch.logit(0.5 ** (1 / lives.exp().double())).float()
+    """b [gates] with sigmoid(b) = 0.5^(1 / half-life); half-lives spread evenly in the log from first to last."""
+    logs = torch.tensor([first, last], dtype=torch.float64).log()
+    lives = torch.linspace(*logs.tolist(), gates) if gates > 1 else logs.mean(0, keepdim=True)
+    return torch.logit(0.5 ** (1 / lives.double().exp())).float()

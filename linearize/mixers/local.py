@@ -15,6 +15,9 @@ from torch import Tensor
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerState
 from linearize.mixers.timeline import Timeline, find_sinks, positions, tail_of
 from linearize_kernels import Sinks, WindowSums, window_sums
+from linearize_kernels.linear_attention import MIN_LOG_GATE
+
+SMALLEST = 1e-30
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ def attend(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalStat
         old = None if state is None else Sinks(state.sink_k_BSGK[:, None], state.sink_v_BSGV[:, None])
         seen, kept = find_sinks(timeline, old, k_BTGK, v_BTGV, local.sinks)
     sums = window_sums(q_BTHK, joined_k[:, 1:], joined_v[:, 1:], timeline.position_BT, window, seen)
-    far, far_tail = joined_k, k_BTGK[:, :0]
+    far, far_tail = joined_k, torch.zeros_like(k_BTGK[:, :0])
     if local.own_far_keys:
         k_far = heads.k_BTGK if not local.far_rope or heads.rope is None else heads.rope.rotate(heads.k_BTGK)
         far = timeline.join(None if state is None else state.far_k_BWGK, k_far.to(dtype), window)
@@ -158,10 +161,21 @@ class LocalRows:
 
 
 def divide(num_BTHV: Tensor, den_BTH: Tensor) -> Tensor:
-    """num / den, and 0 where nothing was seen."""
-    return num_BTHV / den_BTH.clamp_min(torch.finfo(den_BTH.dtype).tiny).unsqueeze(-1)
+    """num / den, and 0 where nothing was seen. Denominators below SMALLEST count as nothing: gradients stay finite."""
+    return num_BTHV / den_BTH.where(den_BTH > SMALLEST, 1).unsqueeze(-1)
 
 
 def normalised(weight_BHRT: Tensor) -> Tensor:
     """Rows that sum to 1."""
     return weight_BHRT / weight_BHRT.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_BHRT.dtype).tiny)
+
+
+def decayed_rows(q_BTHF: Tensor, k_BTHF: Tensor, log_gate_BTHF: Tensor, start: int, stop: int) -> Tensor:
+    """sum_f q_if k_jf exp(sum of the log gates after j up to i) of rows start..stop, [B, H, R, T]; not causal.
+
+    Row by row: decays per feature do not leave the sum over features.
+    """
+    since_BTHF = log_gate_BTHF.clamp_min(MIN_LOG_GATE).cumsum(1)
+    decays = ((since_BTHF[:, i, None] - since_BTHF).clamp_max(0).exp() for i in range(start, stop))
+    rows = [torch.einsum("bhf,bjhf->bhj", q_BTHF[:, start + n], k_BTHF * decay) for n, decay in enumerate(decays)]
+    return torch.stack(rows, dim=2)

@@ -1,4 +1,4 @@
-"""Windowed Hedgehog of LoLCATs (arXiv 2410.10254): softmax in a sliding window, feature maps beyond it, one denominator.
+"""Windowed Hedgehog of LoLCATs (arXiv 2410.10254): softmax in a sliding window, feature maps beyond, one denominator.
 
 Legend in base.py; W window.
 """

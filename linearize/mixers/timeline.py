@@ -16,7 +16,6 @@ from torch import Tensor
 from linearize.mixers.base import HeadInputs, Rope
 from linearize_kernels import Sinks
 
-
 PutBack = Callable[[Tensor], Tensor]
 """Puts outputs [B, T, ...] back to where their tokens stood."""
 
@@ -50,7 +49,9 @@ class Timeline:
             return joined
         place = torch.arange(count + length, device=x_BTX.device)
         padding = self.padding_B[:, None]
-        source = torch.where(place < padding, place + count, torch.where(place < padding + count, place - padding, place))
+        source = torch.where(
+            place < padding, place + count, torch.where(place < padding + count, place - padding, place)
+        )
         return take(joined, source)
 
 
