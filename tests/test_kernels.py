@@ -1,4 +1,7 @@
-"""The chunkwise and the recurrent form against the quadratic definition, and that against plain loops."""
+"""Every form of every operation against plain loops or quadratic definitions.
+
+The oracle of linear attention is `loop`, token by token; that of windows is `naive_window_sums`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize_kernels import LinearState, linear_attention
-from linearize_kernels.linear_attention.chunk import chunk_linear_attention
-from linearize_kernels.linear_attention.naive import naive_linear_attention
+from linearize_kernels import LinearState, Sinks, WindowSums, causal_conv, linear_attention, linear_sums, window_sums
+from linearize_kernels.linear_attention import MIN_LOG_GATE
+from linearize_kernels.linear_attention.chunk import chunk_linear_sums
+from linearize_kernels.linear_attention.naive import naive_linear_attention, naive_linear_sums
+from linearize_kernels.sliding_window import naive_window_sums
 
 HEADS = {  # H, J, G
     "equal": (4, 4, 4),
@@ -40,6 +45,52 @@ def segments(length: int) -> Tensor:
     """Row 0: documents of 1, 62, 2 and more tokens (ends at, before and behind chunk ends). Row 1: one document."""
     first = torch.bucketize(torch.arange(length), torch.tensor([1, 63, 65, 128]), right=True)
     return torch.stack([first, torch.zeros_like(first)])
+
+
+GATES = ["none", "head", "feature"]
+
+
+def gates(length: int, key_heads: int, kind: str, strength: float = 1.0, features: int = 5, batch: int = 2) -> Any:
+    """Log decays in -strength..0, one in four of them 1000 times weaker."""
+    if kind == "none":
+        return None
+    generator = torch.Generator().manual_seed(length + 1)
+    shape = (batch, length, key_heads, features)[: 4 if kind == "feature" else 3]
+    weak = torch.where(torch.rand(shape, generator=generator) < 0.25, 1e-3, 1.0)
+    return -strength * (torch.rand(shape, generator=generator, dtype=torch.float64) * weak)
+
+
+def some_state(heads: str, dtype: torch.dtype = torch.float64, features: int = 5) -> LinearState:
+    generator = torch.Generator().manual_seed(9)
+    s = torch.randn(2, HEADS[heads][1], features, 7, generator=generator, dtype=torch.float64)
+    z = torch.rand(2, HEADS[heads][1], features, generator=generator, dtype=torch.float64)
+    return LinearState(s.to(dtype), z.to(dtype))
+
+
+def loop(
+    q: Tensor, k: Tensor, v: Tensor, gate: Tensor | None, state: LinearState | None, segments_BT: Tensor | None
+) -> tuple[Tensor, Tensor, LinearState]:
+    """The recurrence, token by token, in the inputs' precision."""
+    key_heads, queries = k.shape[2], q.shape[2] // k.shape[2]
+    v = v.repeat_interleave(key_heads // v.shape[2], 2)
+    s, z = state or (k.new_zeros(*k[:, 0].shape, v.shape[-1]), torch.zeros_like(k[:, 0]))
+    num, den = [], []
+    for t in range(q.shape[1]):
+        if segments_BT is not None and t:
+            same = (segments_BT[:, t] == segments_BT[:, t - 1])[:, None, None]
+            s, z = s * same.unsqueeze(-1), z * same
+        if gate is not None:
+            keep = gate[:, t].exp().view(*gate[:, t].shape[:2], -1)
+            s, z = s * keep.unsqueeze(-1), z * keep
+        s, z = s + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2), z + k[:, t]
+        q_BJPF = q[:, t].unflatten(1, (key_heads, queries))
+        num.append((q_BJPF @ s).flatten(1, 2))
+        den.append((q_BJPF @ z.unsqueeze(-1)).flatten(1))
+    return torch.stack(num, 1), torch.stack(den, 1), LinearState(s, z)
+
+
+def flat(result: tuple[Tensor, Tensor, LinearState]) -> list[Tensor]:
+    return [*result[:2], *result[2]]
 
 
 def close(left: Tensor, right: Tensor, tolerance: float = 1e-12) -> None:
@@ -78,6 +129,113 @@ def test_token_by_token_equals_naive(heads: str) -> None:
     close(torch.cat(found, 1), naive_linear_attention(q, k, v))
 
 
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_naive_sums_equal_the_loop(gate: str, packed: bool) -> None:
+    q, k, v = inputs(70, "gqa3_shared_maps")
+    log_gate, segments_BT = gates(70, 2, gate), segments(70) if packed else None
+    num, den = naive_linear_sums(q, k, v, log_gate, segments_BT)
+    expected = loop(q, k, v, log_gate, None, segments_BT)
+    close(num, expected[0])
+    close(den, expected[1])
+
+
+def check_sums(length: int, heads: str, gate: str, start: str) -> None:
+    """Sums, end state and all gradients, against the loop in fp64."""
+    tensors = list(inputs(length, heads))
+    log_gate = gates(length, tensors[1].shape[2], gate)
+    tensors += [] if log_gate is None else [log_gate]
+    tensors += [*some_state(heads)] if "state" in start else []
+    for tensor in tensors:
+        tensor.requires_grad_()
+    state = LinearState(*tensors[-2:]) if "state" in start else None
+    arguments = (*tensors[:3], log_gate, state, segments(length) if "packed" in start else None)
+    found, expected = flat(linear_sums(*arguments)), flat(loop(*arguments))
+    for left, right in zip(found, expected, strict=True):
+        close(left, right)
+    upstream = [torch.randn_like(tensor) for tensor in found]
+    found = torch.autograd.grad(found, tensors, upstream, allow_unused=True, materialize_grads=True)
+    expected = torch.autograd.grad(expected, tensors, upstream, allow_unused=True, materialize_grads=True)
+    for left, right in zip(found, expected, strict=True):
+        close(left, right, 1e-10)
+
+
+@pytest.mark.parametrize("start", ["nothing", "state", "packed", "packed state"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("length", [1, 31, 32, 33, 63, 64, 65, 130])
+def test_sums_equal_the_loop(length: int, gate: str, start: str) -> None:
+    check_sums(length, "gqa3", gate, start)
+
+
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("gate", GATES)
+def test_sums_of_shared_heads_equal_the_loop(heads: str, gate: str) -> None:
+    check_sums(70, heads, gate, "packed state")
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("chunk", [1, 3, 8])
+def test_many_chunks_are_scanned_in_blocks(gate: str, chunk: int) -> None:
+    q, k, v = inputs(300, "gqa3")
+    for start in (None, some_state("gqa3")):
+        for segments_BT in (None, segments(300)):
+            arguments = (q, k, v, gates(300, 6, gate, 0.1), start, segments_BT)
+            for left, right in zip(flat(chunk_linear_sums(*arguments, chunk)), flat(loop(*arguments)), strict=True):
+                close(left, right)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1.0, 5.0, 30.0])
+@pytest.mark.parametrize("gate", ["head", "feature"])
+def test_fp32_is_accurate_over_a_thousand_tokens(gate: str, strength: float) -> None:
+    """Outputs, state and gradients, relative to their largest entry."""
+    tensors = [*inputs(1000, "gqa4", batch=1), *(tensor[:1] for tensor in some_state("gqa4"))]
+    tensors.append(gates(1000, 4, gate, strength, batch=1))
+
+    def run(form: Any, dtype: torch.dtype) -> list[Tensor]:
+        given = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+        out = flat(form(*given[:3], given[5], LinearState(*given[3:5]), None))
+        generator = torch.Generator().manual_seed(0)
+        upstream = [torch.randn(tensor.shape, generator=generator).to(dtype) for tensor in out]
+        return [*out, *torch.autograd.grad(out, given, upstream)]
+
+    def cut_loop(q: Tensor, k: Tensor, v: Tensor, log_gate: Tensor, *more: Any) -> Any:
+        return loop(q, k, v, log_gate.clamp_min(MIN_LOG_GATE) if gate == "feature" else log_gate, *more)
+
+    for found, exact in zip(run(linear_sums, torch.float32), run(cut_loop, torch.float64), strict=True):
+        assert torch.isfinite(found).all()
+        assert (found - exact).abs().max() <= 3e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("value", [0.0, -5.0, -30.0, -1000.0])
+@pytest.mark.parametrize("gate", ["head", "feature"])
+@pytest.mark.parametrize("scale", [1.0, 1000.0])
+def test_whole_chunks_of_the_strongest_gates(gate: str, value: float, scale: float) -> None:
+    """Exponents of 32 * 5 would leave fp32: they are counted from the middle. Row by row, no matter how small."""
+    q, k, v = (tensor * scale for tensor in inputs(130, "equal"))
+    log_gate = torch.full_like(gates(130, 4, gate), value)
+    given = [tensor.float().requires_grad_() for tensor in (q, k, v, log_gate)]
+    num, den, _ = linear_sums(*given)
+    cut = log_gate.clamp_min(MIN_LOG_GATE) if gate == "feature" else log_gate
+    exact_num, exact_den, _ = loop(q, k, v, cut, None, None)
+    torch.testing.assert_close(den.double(), exact_den, rtol=3e-5, atol=0)
+    torch.testing.assert_close(num.double(), exact_num, rtol=3e-5, atol=3e-5 * float(exact_num.abs().max()))
+    for gradient in torch.autograd.grad((num / den.unsqueeze(-1)).sum(), given):
+        assert torch.isfinite(gradient).all()
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(gate: str) -> None:
+    q, k, v = (tensor.requires_grad_() for tensor in inputs(70, dtype=torch.float32))
+    log_gate = gates(70, 6, gate)
+    real = torch.ones(2, 70, 1, 1)
+    real[0], real[1, :40] = 0, 0  # row 0 is empty, row 1 begins late
+    y, _ = linear_attention(q, k * real, v, log_gate=log_gate)
+    assert torch.equal(y[0], torch.zeros_like(y[0]))
+    assert torch.equal(y[1, :40], torch.zeros_like(y[1, :40]))
+    for gradient in torch.autograd.grad(y, [q, k, v], 1e6 * torch.randn_like(y)):
+        assert torch.isfinite(gradient).all()
+
+
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_packed_documents_are_separate(heads: str, length: int) -> None:
@@ -95,14 +253,20 @@ def test_packed_documents_are_separate(heads: str, length: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.sets(st.integers(1, 199), max_size=5), st.sampled_from(sorted(HEADS)))
-def test_split_anywhere_equals_whole(cuts: set[int], heads: str) -> None:
+@given(st.sets(st.integers(1, 199), max_size=5), st.sampled_from(sorted(HEADS)), st.sampled_from(GATES), st.booleans())
+def test_split_anywhere_equals_whole(cuts: set[int], heads: str, gate: str, packed: bool) -> None:
     q, k, v = inputs(200, heads)
-    whole, end = linear_attention(q, k, v)
+    log_gate, segments_BT = gates(200, k.shape[2], gate), segments(200) if packed else None
+    whole, end = linear_attention(q, k, v, None, segments_BT, log_gate)
     edges = [0, *sorted(cuts), 200]
     state, found = None, []
     for start, stop in zip(edges, edges[1:], strict=False):
-        y, state = linear_attention(q[:, start:stop], k[:, start:stop], v[:, start:stop], state)
+        now = slice(start, stop)
+        if packed and state is not None:  # a state belongs to the first token's document: theirs may have ended
+            goes_on = (segments(200)[:, start] == segments(200)[:, start - 1])[:, None, None]
+            state = LinearState(state.s_BJFV * goes_on.unsqueeze(-1), state.z_BJF * goes_on)
+        parts = (None if segments_BT is None else segments_BT[:, now], None if log_gate is None else log_gate[:, now])
+        y, state = linear_attention(q[:, now], k[:, now], v[:, now], state, *parts)
         found.append(y)
     assert state is not None
     close(torch.cat(found, 1), whole)
@@ -122,33 +286,39 @@ def test_state_is_fp32_and_output_has_the_dtype_of_the_values(length: int, dtype
 
 @pytest.mark.parametrize("length", [1, 65, 1000])
 @pytest.mark.parametrize("packed", [False, True])
-def test_state_keeps_nothing_else_in_memory(length: int, packed: bool) -> None:
+@pytest.mark.parametrize("gate", GATES)
+def test_state_keeps_nothing_else_in_memory(length: int, packed: bool, gate: str) -> None:
     q, k, v = inputs(length, dtype=torch.float32)
-    _, state = linear_attention(q, k, v, segments_BT=segments(length) if packed else None)
+    segments_BT = segments(length) if packed else None
+    _, state = linear_attention(q, k, v, None, segments_BT, gates(length, 6, gate))
     for tensor in state:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 @pytest.mark.parametrize("heads", [(2, 2, 1), (2, 1, 1)])
 @pytest.mark.parametrize("start", ["nothing", "state", "packed"])
-def test_gradcheck(heads: tuple[int, int, int], start: str) -> None:
+@pytest.mark.parametrize("gate", GATES)
+def test_gradcheck(heads: tuple[int, int, int], start: str, gate: str) -> None:
     torch.manual_seed(0)
     query_heads, key_heads, value_heads = heads
     make: dict[str, Any] = {"dtype": torch.float64}
     q, k = torch.rand(1, 5, query_heads, 2, **make) + 0.1, torch.rand(1, 5, key_heads, 2, **make) + 0.1
     v, s, z = torch.randn(1, 5, value_heads, 2, **make), torch.randn(1, key_heads, 2, 2, **make), None
     z = torch.rand(1, key_heads, 2, **make) + 0.1
+    log_gate = gates(5, key_heads, gate, features=2, batch=1)
     segments_BT = torch.tensor([[0, 0, 0, 1, 1]]) if start == "packed" else None
-    tensors = [q, k, v, *([s, z] if start == "state" else [])]
+    gated = [] if log_gate is None else [log_gate]
+    tensors = [q, k, v, *gated, *([s, z] if start == "state" else [])]
 
     def run(*given: Tensor) -> tuple[Tensor, ...]:
-        state = LinearState(*given[3:]) if start == "state" else None
-        y, end = chunk_linear_attention(*given[:3], state, segments_BT, chunk=2)
-        return y, *end
+        state = LinearState(*given[-2:]) if start == "state" else None
+        num, den, end = chunk_linear_sums(*given[:3], given[3] if gated else None, state, segments_BT, chunk=2)
+        return num, den, *end
 
     def step(*given: Tensor) -> tuple[Tensor, ...]:
-        y, end = linear_attention(*(tensor[:, :1] for tensor in given[:3]), LinearState(*given[3:]))
-        return y, *end
+        given = (*(tensor[:, :1] for tensor in given[:-2]), *given[-2:])
+        num, den, end = linear_sums(*given[:3], given[3] if gated else None, LinearState(*given[-2:]))
+        return num, den, *end
 
     assert torch.autograd.gradcheck(run, [tensor.requires_grad_() for tensor in tensors])
     if start == "state":
@@ -213,14 +383,181 @@ class Largest(TorchDispatchMode):
         return out
 
 
+@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("packed", [False, True])
-def test_no_quadratic_tensor(packed: bool) -> None:
+def test_no_quadratic_tensor(packed: bool, gate: str) -> None:
     length = 4096
     q, k, v = (tensor.requires_grad_() for tensor in inputs(length, "gqa4", torch.float32, batch=1))
+    log_gate = gates(length, 4, gate, batch=1)
     with Largest() as largest:
-        y, _ = linear_attention(q, k, v, segments_BT=segments(length)[:1] if packed else None)
+        segments_BT = segments(length)[:1] if packed else None
+        y, _ = linear_attention(q, k, v, None, segments_BT, log_gate)
         y.sum().backward()
     assert 0 < largest.elements < length * length / 4
     with Largest() as largest:
         naive_linear_attention(q, k, v)
     assert largest.elements >= length * length  # the ruler itself works
+
+
+def test_decays_per_feature_take_no_chunk_by_feature_tensor() -> None:
+    """Training shapes: the largest tensor is that of the running sums, F * V / 32 a token, not 32 * F."""
+    q, k = (torch.rand(1, 1024, 2, 128).requires_grad_() for _ in range(2))
+    v, log_gate = torch.rand(1, 1024, 2, 64), -torch.rand(1, 1024, 2, 128)
+    with Largest() as largest:
+        num, den, _ = linear_sums(q, k, v, log_gate.requires_grad_())
+        torch.autograd.backward([num, den], [torch.ones_like(num), torch.ones_like(den)])
+    assert largest.elements <= 2 * q.numel()
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("packed", [False, True])
+def test_linear_sums_are_one_graph(gate: str, packed: bool) -> None:
+    arguments = (*inputs(130), gates(130, 6, gate), None if packed else some_state("gqa3"))
+    arguments = (*arguments, segments(130) if packed else None)
+    compiled = torch.compile(linear_sums, backend="eager", fullgraph=True)
+    for left, right in zip(flat(compiled(*arguments)), flat(linear_sums(*arguments)), strict=True):
+        close(left, right)
+
+
+WIDTH = {  # H, G
+    "equal": (2, 2),
+    "gqa3": (6, 2),
+    "gqa4": (4, 1),
+}
+PLACES = {  # positions of the first row's queries; the second row's are 0, 1, 2, ...
+    "whole": lambda length: torch.arange(length),
+    "padded": lambda length: (torch.arange(length) - 7).clamp_min(-1),
+    "packed": lambda length: torch.cat([torch.arange(5), torch.arange(length)])[:length],
+    "continued": lambda length: torch.arange(length) + 50,
+    "nothing": lambda length: torch.full((length,), -1),
+}
+
+
+def window_inputs(length: int, heads: str, place: str, window: int, sinks: int) -> tuple[list[Tensor], Tensor]:
+    """q, k, v and, if there are any, the sinks' keys and values (one set a query if packed); positions."""
+    query_heads, groups = WIDTH[heads]
+    generator = torch.Generator().manual_seed(length + window)
+    each = length if place == "packed" else 1
+    shapes = [(2, length, query_heads, 5), *[(2, window - 1 + length, groups, width) for width in (5, 3)]]
+    shapes += [(2, each, sinks, groups, width) for width in (5, 3)] if sinks else []
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_() for shape in shapes]
+    return tensors, torch.stack([PLACES[place](length), torch.arange(length)])
+
+
+def check_window(length: int, heads: str, place: str, window: int, sinks: int) -> None:
+    tensors, position_BT = window_inputs(length, heads, place, window, sinks)
+    seen = Sinks(*tensors[3:]) if sinks else None
+    found = window_sums(*tensors[:3], position_BT, window, seen)
+    expected = naive_window_sums(*tensors[:3], position_BT, window, seen)
+    for left, right in zip(found, expected, strict=True):
+        close(left, right)
+    upstream = [torch.randn_like(tensor) for tensor in found]
+    for left, right in zip(
+        torch.autograd.grad(found, tensors, upstream),
+        torch.autograd.grad(expected, tensors, upstream, allow_unused=True, materialize_grads=True),
+        strict=True,
+    ):
+        close(left, right, 1e-10)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("window", [1, 3, 64, 100])
+def test_window_equals_naive(window: int, sinks: int, place: str) -> None:
+    check_window(70, "equal", place, window, sinks)
+
+
+@pytest.mark.parametrize("heads", WIDTH)
+@pytest.mark.parametrize("length", [1, 9, 64, 65])
+@pytest.mark.parametrize("place", ["packed", "continued"])
+def test_window_of_shared_heads_equals_naive(heads: str, length: int, place: str) -> None:
+    check_window(length, heads, place, window=3, sinks=2)
+
+
+def test_window_is_softmax_attention() -> None:
+    tensors, position_BT = window_inputs(70, "gqa3", "whole", 9, 0)
+    q, k, v = tensors
+    num, den, _ = window_sums(q, k, v, position_BT, 9)
+    k, v = (tensor[:, 8:].repeat_interleave(3, 2).transpose(1, 2) for tensor in (k, v))
+    back = torch.arange(70)[:, None] - torch.arange(70)
+    mask = (back >= 0) & (back < 9)
+    y = torch.nn.functional.scaled_dot_product_attention(q.transpose(1, 2), k, v, attn_mask=mask, scale=1.0)
+    close(num / den.unsqueeze(-1), y.transpose(1, 2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sinks", [0, 4])
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_window_is_never_nan(dtype: torch.dtype, sinks: int, scale: float) -> None:
+    """Rows that see nothing, and scores whose exp would leave fp32."""
+    tensors, position_BT = window_inputs(70, "gqa3", "padded", 8, sinks)
+    tensors = [(tensor.detach() * scale).to(dtype).requires_grad_() for tensor in tensors]
+    position_BT[1] = -1
+    found = window_sums(*tensors[:3], position_BT, 8, Sinks(*tensors[3:]) if sinks else None)
+    assert {tensor.dtype for tensor in found} == {torch.float32}
+    gradients = torch.autograd.grad(found, tensors, [torch.ones_like(tensor) for tensor in found])
+    assert all(torch.isfinite(tensor).all() for tensor in (*found, *gradients))
+    for tensor in found:
+        assert torch.equal(tensor[1], torch.zeros_like(tensor[1]))
+        assert torch.equal(tensor[0, :6], torch.zeros_like(tensor[0, :6]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sets(st.integers(1, 99), max_size=5), st.sampled_from([1, 3, 64]), st.sampled_from([0, 4]))
+def test_window_split_anywhere_equals_whole(cuts: set[int], window: int, sinks: int) -> None:
+    tensors, position_BT = window_inputs(100, "gqa3", "whole", window, sinks)
+    q, k, v = tensors[:3]
+    seen = Sinks(*tensors[3:]) if sinks else None
+    edges = [0, *sorted(cuts), 100]
+    found = []
+    for start, stop in zip(edges, edges[1:], strict=False):
+        keys = slice(start, stop + window - 1)
+        found.append(window_sums(q[:, start:stop], k[:, keys], v[:, keys], position_BT[:, start:stop], window, seen))
+    whole = window_sums(q, k, v, position_BT, window, seen)
+    for left, right in zip(whole, WindowSums(*(torch.cat(x, 1) for x in zip(*found, strict=True))), strict=True):
+        close(left, right)
+
+
+@pytest.mark.parametrize("place", ["whole", "packed"])
+def test_window_takes_linear_memory_and_one_graph(place: str) -> None:
+    tensors, position_BT = window_inputs(4096, "gqa4", place, 64, 4)
+    compiled = torch.compile(window_sums, backend="eager", fullgraph=True)
+    with Largest() as largest:
+        found = window_sums(*tensors[:3], position_BT, 64, Sinks(*tensors[3:]))
+    assert largest.elements <= 2 * 4 * 4096 * 128  # B, H, T, and the keys of one chunk
+    for left, right in zip(found, compiled(*tensors[:3], position_BT, 64, Sinks(*tensors[3:])), strict=True):
+        close(left, right)
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("taps", [1, 2, 3, 4])
+@pytest.mark.parametrize("heads", WIDTH)
+def test_convolution_equals_loop(heads: str, taps: int, place: str) -> None:
+    """The tokens before a document are NaN: they reach neither outputs nor the filters' gradient."""
+    query_heads, groups = WIDTH[heads]
+    generator = torch.Generator().manual_seed(taps)
+    x = torch.randn(2, taps - 1 + 12, groups, 3, generator=generator, dtype=torch.float64)
+    filters = torch.randn(query_heads, 3, taps, generator=generator, dtype=torch.float64).requires_grad_()
+    position_BT = torch.stack([PLACES[place](12), torch.arange(12)])
+    x[1, : taps - 1] = float("nan")
+    x.requires_grad_()
+    y = causal_conv(x, filters, position_BT)
+    expected = torch.zeros_like(y)
+    for row in range(2):
+        for t in range(12):
+            for head in range(query_heads):
+                for back in range(min(taps, int(position_BT[row, t]) + 1)):
+                    value = x[row, taps - 1 + t - back, head * groups // query_heads]
+                    expected[row, t, head] = expected[row, t, head] + filters[head, :, back] * value
+    close(y, expected)
+    upstream = torch.randn_like(y)
+    found = torch.autograd.grad(y, [x, filters], upstream)
+    for left, right in zip(found, torch.autograd.grad(expected, [x, filters], upstream), strict=True):
+        close(left, right)
+    assert torch.isfinite(found[1]).all()
+
+
+def test_convolution_is_one_graph() -> None:
+    x, filters, position_BT = torch.randn(2, 15, 2, 3), torch.randn(6, 3, 4), torch.arange(12).expand(2, -1)
+    compiled = torch.compile(causal_conv, backend="eager", fullgraph=True)
+    close(compiled(x, filters, position_BT), causal_conv(x, filters, position_BT), 1e-6)

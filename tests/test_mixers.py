@@ -299,6 +299,14 @@ def test_row_weights_sum_to_one_and_reproduce_the_outputs(case: str, packed: boo
     close(torch.einsum("bhij,bjhv->bihv", weight_BHTT, v_BTHV), mixer(heads)[0])
 
 
+@every_mixer
+def test_builds_without_memory_for_the_plan(case: str) -> None:
+    with torch.device("meta"):
+        mixer = build_mixer(CASES[case], shapes())
+    assert all(parameter.is_meta for parameter in mixer.parameters())
+    assert mixer.state_bytes() == build_mixer(CASES[case], shapes()).state_bytes()
+
+
 def phi(x: Tensor, weight: Tensor, bias: Tensor, form: str) -> Tensor:
     """Feature vector of one head's row x [K], element by element."""
     u = [sum(x[k] * weight[k, f] for k in range(weight.shape[0])) + bias[f] for f in range(weight.shape[1])]

@@ -44,7 +44,7 @@ class LizardConfig(MixerConfig):
     normalisation: Normalisation = Field("softmax", description="exp (the paper's text) | softmax (its Table 13)")
     gate: Literal["token", "head"] = Field("token", description="one decay per token, or one per token and head")
     half_life: tuple[float, float] | None = Field(
-        None, description="tokens; heads start spread between the two. Default: gate 0.5 if published, else 64 to 1024"
+        None, description="tokens; heads start spread between the two. Default: gate 0.5 if published, else 256"
     )
     mix: float | None = Field(None, gt=0, description="start of the learned mix; default 1 if published, else 0.1")
 
@@ -87,7 +87,7 @@ class Lizard(StudentMixer):
         self.query_map.reset_parameters()
         self.key_map.reset_parameters()
         nn.init.zeros_(self.gate.weight)
-        first, last = config.half_life or ((1.0, 1.0) if config.published else (64.0, 1024.0))
+        first, last = config.half_life or ((1.0, 1.0) if config.published else (256.0, 256.0))
         with torch.no_grad():
             self.gate.bias.copy_(gate_bias(self.gate.out_features, first, last))
         mix = config.mix or (1.0 if config.published else 0.1)
@@ -184,6 +184,7 @@ class Lizard(StudentMixer):
 
 def gate_bias(gates: int, first: float, last: float) -> Tensor:
     """b [gates] with sigmoid(b) = 0.5^(1 / half-life); half-lives spread evenly in the log from first to last."""
-    logs = torch.tensor([first, last], dtype=torch.float64).log()
-    lives = torch.linspace(*logs.tolist(), gates) if gates > 1 else logs.mean(0, keepdim=True)
-    return torch.logit(0.5 ** (1 / lives.double().exp())).float()
+    low, high = math.log(first), math.log(last)
+    logs = [low + (high - low) * n / (gates - 1) for n in range(gates)] if gates > 1 else [(low + high) / 2]
+    keeps = [0.5 ** math.exp(-log) for log in logs]
+    return torch.tensor([math.log(keep / (1 - keep)) for keep in keeps])

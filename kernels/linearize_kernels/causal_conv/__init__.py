@@ -22,15 +22,15 @@ def causal_conv(x_BMXC: Tensor, taps_HCS: Tensor, position_BT: Tensor) -> Tensor
     Returns:
         [B, T, H, C] in the promoted dtype of x and taps.
     """
-    heads, channels, taps = taps_HCS.shape
+    heads, _, taps = taps_HCS.shape
     length, groups = position_BT.shape[1], x_BMXC.shape[2]
     assert x_BMXC.shape[1] == taps - 1 + length, (x_BMXC.shape, taps, length)
     taps_XRCS = taps_HCS.unflatten(0, (groups, heads // groups))
     y_BTXRC = None
     for back in range(taps):
-        x_BTX1C = x_BMXC[:, taps - 1 - back : taps - 1 - back + length].unsqueeze(3)
-        inside_BT = (position_BT >= back)[:, :, None, None, None]
-        term = (x_BTX1C * taps_XRCS[..., back]).masked_fill(~inside_BT, 0)
+        x_BTXC = x_BMXC[:, taps - 1 - back : taps - 1 - back + length]
+        x_BTXC = x_BTXC.masked_fill((position_BT < back)[:, :, None, None], 0)  # here, so that NaN reaches no gradient
+        term = x_BTXC.unsqueeze(3) * taps_XRCS[..., back]
         y_BTXRC = term if y_BTXRC is None else y_BTXRC + term
     assert y_BTXRC is not None
     return y_BTXRC.flatten(2, 3)

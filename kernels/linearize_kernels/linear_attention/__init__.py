@@ -10,7 +10,6 @@ F features, V value width.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from linearize_kernels.linear_attention.chunk import LinearState, chunk_linear_sums
@@ -37,20 +36,19 @@ def linear_sums(
         q_BTHF: query features, H heads.
         k_BTJF: key features, one head per query head (J = H), per value head (J = G) or between. A row of zeros with
             no decay is a key that does not exist (padding).
-        v_BTGV: values; query head h reads value head h // (H // G). They are never repeated in memory.
+        v_BTGV: values; query head h reads value head h // (H // G).
         log_gate: [B, T, J] log decay per head or [B, T, J, F] per feature, <= 0; None = no decay. The decay of token
             t applies before t is written.
-        state: running sums of the tokens before; None at the start.
+        state: running sums of the tokens before, of the first token's document; None at the start.
         segments_BT: document number of each token, non-decreasing along T. Tokens of different documents do not see
-            each other. Only without `state`.
+            each other; the state returned is the last document's.
 
     Returns:
         num [B, T, H, V], den [B, T, H], both fp32 (fp64 for fp64), and the state after the last token.
     """
-    assert state is None or segments_BT is None, "packed rows start from no state"
     if log_gate is not None and log_gate.ndim == 4:
         log_gate = log_gate.clamp_min(MIN_LOG_GATE)
-    if q_BTHF.shape[1] == 1 and segments_BT is None and state is not None:
+    if q_BTHF.shape[1] == 1 and state is not None:
         return step_linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state)
     return chunk_linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
 
@@ -66,8 +64,9 @@ def linear_attention(
     """Normalised causal linear attention of non-negative features (arXiv 2006.16236): num / den of `linear_sums`.
 
     Returns:
-        y [B, T, H, V] in the dtype of v, and the state after the last token.
+        y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
     """
     num_BTHV, den_BTH, state = linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
-    y_BTHV = num_BTHV / den_BTH.clamp_min(torch.finfo(den_BTH.dtype).tiny).unsqueeze(-1)
+    # not clamped: 1 / tiny would make the gradients of rows that see nothing infinite
+    y_BTHV = num_BTHV / den_BTH.masked_fill(den_BTH == 0, 1).unsqueeze(-1)
     return y_BTHV.to(v_BTGV.dtype), state

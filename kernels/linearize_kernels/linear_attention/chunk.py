@@ -1,7 +1,7 @@
 """The chunkwise form in torch: exact, linear in T, no T x T tensor, no loop over chunks.
 
-Shape legend, beside that of __init__.py: N chunks, C tokens per chunk, M = J / G key feature heads per value head,
-P = H / J query heads per key feature head. Head h is ((g * M) + m) * P + p. E = 1 for a decay per head, F per feature.
+Shape legend, beside that of __init__.py: N chunks, C tokens per chunk, P = H / J query heads per key feature head
+(head h is j * P + p), R = P * C query rows. E = 1 for a decay per head, F per feature; Y = what shares a decay.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ CHUNK = 64
 """Tokens handled quadratically."""
 
 FEATURE_CHUNK = 32
-"""The same for decays per feature: half of it times MIN_LOG_GATE is an exponent that fp32 still holds."""
+"""The same for decays per feature: half of it times MIN_LOG_GATE is an exponent that fp32 still holds (e^80, features
+up to 6,000)."""
+
+BLOCK = 32
+"""Chunks whose sums are carried on by one matrix; more are carried on block by block."""
 
 
 class LinearState(NamedTuple):
@@ -26,15 +30,13 @@ class LinearState(NamedTuple):
     z_BJF: Tensor  # sum of k
 
 
-class _Decay(NamedTuple):
-    """Factors of one chunk, each <= 1 apart from `pair_q` and `pair_k`, whose products are."""
+class _Visibility(NamedTuple):
+    """What documents do to the chunks; None = all are one document."""
 
-    pair_BNJ1CC: Tensor | None  # decay from key to query inside the chunk; None where it is in pair_q and pair_k
-    pair_q_BNJ1CE: Tensor | None
-    pair_k_BNJCE: Tensor | None
-    read_BNJ1CE: Tensor  # from the chunk's start to the query
-    write_BNJCE: Tensor  # from the key to the chunk's end
-    total_BNJE: Tensor  # log decay over the whole chunk
+    seen_B1NCC: Tensor  # pairs of one document, causal
+    reads_B1NC1: Tensor  # the query belongs to the document that the chunk before ended in
+    writes_B1NC1: Tensor  # the key belongs to the document that its own chunk ends in
+    breaks_B11N: Tensor  # the chunk ends in another document than the one before
 
 
 def chunk_linear_sums(
@@ -50,152 +52,137 @@ def chunk_linear_sums(
 
     Inside a chunk the masked C x C product is formed; what earlier chunks contribute is one running sum per chunk.
     """
-    batch, length, heads, features = q_BTHF.shape
-    key_heads, value_heads, width = k_BTJF.shape[2], v_BTGV.shape[2], v_BTGV.shape[3]
-    shared, queries = key_heads // value_heads, heads // key_heads
+    length, key_heads, value_heads = q_BTHF.shape[1], k_BTJF.shape[2], v_BTGV.shape[2]
     dtype = torch.promote_types(q_BTHF.dtype, torch.float32)
-    chunk = min(chunk or (FEATURE_CHUNK if log_gate is not None and log_gate.ndim == 4 else CHUNK), length)
-    pad = -length % chunk
-    count = (length + pad) // chunk
+    per_feature = log_gate is not None and log_gate.ndim == 4
+    chunk = min(chunk or (FEATURE_CHUNK if per_feature else CHUNK), length)
 
-    def split(x_BTXY: Tensor) -> Tensor:  # [B, T, X, Y] -> [B, N, X, C, Y], zeros after the end
-        x_BTXY = F.pad(x_BTXY.to(dtype), (0, 0, 0, 0, 0, pad))
-        return x_BTXY.unflatten(1, (count, chunk)).transpose(2, 3)
+    def split(x_BTXY: Tensor) -> Tensor:  # [B, J, N, X / J * C, Y], zeros after the end
+        x_BNCJPY = _chunks(x_BTXY.to(dtype), chunk).unflatten(3, (key_heads, -1))
+        return x_BNCJPY.permute(0, 3, 1, 4, 2, 5).flatten(3, 4).contiguous()
 
-    q_BNJPCF = split(q_BTHF).unflatten(2, (key_heads, queries))
-    k_BNJCF, v_BNGCV = split(k_BTJF), split(v_BTGV)
-    decay = None if log_gate is None else _decay(split(log_gate if log_gate.ndim == 4 else log_gate.unsqueeze(-1)))
-    seen, carried, reads = _visibility(segments_BT, count, chunk, pad, q_BTHF.device)
+    def join(x_BJNRY: Tensor) -> Tensor:  # [B, T, H, Y]
+        x_BNCJPY = x_BJNRY.unflatten(3, (-1, chunk)).permute(0, 2, 4, 1, 3, 5)
+        return x_BNCJPY.flatten(3, 4).flatten(1, 2)[:, :length]
 
-    # What each chunk adds to the running sums; folding M into rows means values are never repeated.
-    writes_BNJCF = k_BNJCF if carried is None else k_BNJCF * carried.writes_BNC[:, :, None, :, None]
-    writes_BNJCF = writes_BNJCF if decay is None else writes_BNJCF * decay.write_BNJCE
-    added_s = (writes_BNJCF.transpose(-1, -2).unflatten(2, (value_heads, shared)).flatten(3, 4) @ v_BNGCV).view(
-        batch, count, key_heads, features, width
-    )
-    start_s, end_s = _carry(added_s, carried, decay, None if state is None else state.s_BJFV)
-    start_z, end_z = _carry(writes_BNJCF.sum(3), carried, decay, None if state is None else state.z_BJF)
+    q_BJNRF, k_BJNCF = split(q_BTHF), split(k_BTJF)
+    v_BJNCV = split(v_BTGV.repeat_interleave(key_heads // value_heads, dim=2) if key_heads > value_heads else v_BTGV)
+    since_BJNCE = None  # log decay from the chunk's start on
+    if log_gate is not None:
+        since_BJNCE = split(log_gate if per_feature else log_gate.unsqueeze(-1)).cumsum(3)
+    visibility = None if segments_BT is None else _visibility(segments_BT, chunk)
 
-    score_BNJPCC = _scores(q_BNJPCF, k_BNJCF, decay).masked_fill(~seen, 0)
-    rows_BNGRC = score_BNJPCC.unflatten(2, (value_heads, shared)).flatten(3, 5)
-    inner_BNJPCV = (rows_BNGRC @ v_BNGCV).view(batch, count, key_heads, queries, chunk, width)
-    outer_q = q_BNJPCF if reads is None else q_BNJPCF * reads[:, :, None, None, :, None]
-    outer_q = outer_q if decay is None else outer_q * decay.read_BNJ1CE
-    num = inner_BNJPCV + (outer_q.flatten(3, 4) @ start_s).view_as(inner_BNJPCV)
-    den = score_BNJPCC.sum(-1) + (outer_q.flatten(3, 4) @ start_z.unsqueeze(-1)).view(score_BNJPCC.shape[:-1])
-    num_BTHV = num.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :length]
-    den_BTH = den.flatten(2, 3).transpose(2, 3).flatten(1, 2)[:, :length]
-    return num_BTHV, den_BTH, LinearState(end_s, end_z)
-
-
-def _decay(gate_BNJCE: Tensor) -> _Decay:
-    """Factors of the decays inside each chunk, from their logs."""
-    sum_BNJCE = gate_BNJCE.cumsum(3)
-    total_BNJE = sum_BNJCE[..., -1, :]
-    read, write = sum_BNJCE.exp().unsqueeze(3), (total_BNJE.unsqueeze(3) - sum_BNJCE).exp()
-    if gate_BNJCE.shape[-1] == 1:
-        line = sum_BNJCE.squeeze(-1)
-        pair = (line.unsqueeze(-1) - line.unsqueeze(-2)).clamp_max(0).exp()
-        return _Decay(pair.unsqueeze(3), None, None, read, write, total_BNJE)
-    middle = sum_BNJCE[:, :, :, sum_BNJCE.shape[3] // 2, None]
-    pair_q, pair_k = (sum_BNJCE - middle).exp().unsqueeze(3), (middle - sum_BNJCE).exp()
-    return _Decay(None, pair_q, pair_k, read, write, total_BNJE)
-
-
-def _scores(q_BNJPCF: Tensor, k_BNJCF: Tensor, decay: _Decay | None) -> Tensor:
-    """Decayed products [B, N, J, P, C, C]; entries above the diagonal may be anything, infinity too."""
-    if decay is None:
-        return q_BNJPCF @ k_BNJCF.unsqueeze(3).transpose(-1, -2)
-    if decay.pair_BNJ1CC is not None:
-        return q_BNJPCF @ k_BNJCF.unsqueeze(3).transpose(-1, -2) * decay.pair_BNJ1CC
-    assert decay.pair_q_BNJ1CE is not None
-    assert decay.pair_k_BNJCE is not None
-    k_BNJ1CF = (k_BNJCF * decay.pair_k_BNJCE).unsqueeze(3)
-    return (q_BNJPCF * decay.pair_q_BNJ1CE) @ k_BNJ1CF.transpose(-1, -2)
-
-
-class _Carried(NamedTuple):
-    writes_BNC: Tensor  # 1 where the token belongs to the last document of its chunk: only those reach later chunks
-    same_BNN: Tensor  # [n, m] = 1 where chunk m <= n ends in the document that chunk n ends in
-
-
-def _visibility(
-    segments_BT: Tensor | None, count: int, chunk: int, pad: int, device: torch.device
-) -> tuple[Tensor, _Carried | None, Tensor | None]:
-    """Masks: which pairs in a chunk see each other, what is carried on, and which queries read what was carried."""
-    causal = torch.ones(chunk, chunk, dtype=torch.bool, device=device).tril()
-    if segments_BT is None:
-        return causal, None, None
-    if pad:
-        segments_BT = torch.cat([segments_BT, segments_BT[:, -1:].expand(-1, pad)], dim=1)
-    segment_BNC = segments_BT.unflatten(1, (count, chunk))
-    seen = causal & (segment_BNC[..., :, None] == segment_BNC[..., None, :])[:, :, None, None]
-    last_BN = segment_BNC[..., -1]
-    before_BN = torch.cat([segment_BNC[:, :1, 0], last_BN[:, :-1]], dim=1)
-    same_BNN = (last_BN[:, :, None] == last_BN[:, None, :]).tril().float()
-    carried = _Carried((segment_BNC == last_BN[..., None]).float(), same_BNN)
-    return seen, carried, (segment_BNC == before_BN[..., None]).float()
-
-
-def _carry(
-    added: Tensor, carried: _Carried | None, decay: _Decay | None, state: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Running sums [B, N, J, F, ...] at the start of each chunk, and at the end of the last one.
-
-    The end is copied, because a view would keep the sums of all chunks in memory for as long as the state lives.
-    """
-    if decay is None or decay.total_BNJE.shape[-1] == 1:
-        ends = _ends_by_matrix(added, carried, decay, state)
+    score_BJNRC = _scores(q_BJNRF, k_BJNCF, since_BJNCE, None if visibility is None else visibility.seen_B1NCC)
+    if since_BJNCE is None and visibility is None:
+        total_BJEN = k_BJNCF.new_zeros(1, 1, 1, k_BJNCF.shape[2])
     else:
-        ends = _ends_by_doubling(added, carried, decay, state)
-    first = torch.zeros_like(ends[:, :1]) if state is None else state[:, None].to(ends.dtype)
-    return torch.cat([first, ends[:, :-1]], dim=1), ends[:, -1].clone()
+        since_BJNCE = k_BJNCF.new_zeros(1, 1, 1, 1, 1) if since_BJNCE is None else since_BJNCE
+        read_BJNCE, write_BJNCE, total_BJEN = _decays(since_BJNCE, visibility)
+        q_BJNRF, k_BJNCF = _times(q_BJNRF, read_BJNCE), k_BJNCF * write_BJNCE
+    k_BJNFC = k_BJNCF.transpose(-1, -2)
+    start_s, end_s = _running(k_BJNFC @ v_BJNCV, total_BJEN, None if state is None else state.s_BJFV)
+    start_z, end_z = _running(k_BJNFC.sum(-1), total_BJEN, None if state is None else state.z_BJF)
+    num_BJNRV = score_BJNRC @ v_BJNCV + q_BJNRF @ start_s
+    den_BJNR1 = score_BJNRC.sum(-1, keepdim=True) + q_BJNRF @ start_z.unsqueeze(-1)
+    return join(num_BJNRV), join(den_BJNR1).squeeze(-1), LinearState(end_s, end_z)
 
 
-def _ends_by_matrix(
-    added: Tensor, carried: _Carried | None, decay: _Decay | None, state: Tensor | None
-) -> Tensor:
-    """Sums over chunks 0..n, of the same document only where rows are packed, decayed by one number per head."""
-    if decay is None:
-        if carried is None:
-            ends = added.cumsum(1)
-        else:
-            ends = torch.einsum("bnm,bm...->bn...", carried.same_BNN.to(added.dtype), added)
-        return ends if state is None else ends + state[:, None]
-    total_BJN = decay.total_BNJE.squeeze(-1).transpose(1, 2)
-    # log decay from the end of chunk m to the end of chunk n, summed without cancellation: row n adds its own total
-    count = total_BJN.shape[-1]
-    later = torch.ones(count, count, dtype=torch.bool, device=added.device).tril(-1)
-    spans_BJNN = total_BJN.unsqueeze(-1).expand(-1, -1, -1, count).masked_fill(~later, 0).cumsum(2)
-    weight_BJNN = spans_BJNN.exp().tril()
-    if carried is not None:
-        weight_BJNN = weight_BJNN * carried.same_BNN.to(added.dtype).unsqueeze(1)
-    ends = (weight_BJNN @ added.transpose(1, 2).flatten(3)).unflatten(3, added.shape[3:]).transpose(1, 2)
-    if state is None:
-        return ends
-    since_BNJ = total_BJN.cumsum(-1).exp().transpose(1, 2)
-    return ends + state[:, None] * since_BNJ.view(*since_BNJ.shape, *[1] * (added.ndim - 3))
+def _chunks(x_BTXY: Tensor, chunk: int) -> Tensor:
+    """[B, N, C, X, Y], zeros after the end."""
+    pad = -x_BTXY.shape[1] % chunk
+    return (F.pad(x_BTXY, (0, 0, 0, 0, 0, pad)) if pad else x_BTXY).unflatten(1, (-1, chunk))
 
 
-def _ends_by_doubling(added: Tensor, carried: _Carried | None, decay: _Decay, state: Tensor | None) -> Tensor:
-    """The same with a decay per feature: after round r each entry holds the sum over the last 2^r chunks."""
-    keep = decay.total_BNJE.exp()
-    if carried is not None:  # 0 where the chunk ends in another document than the one before
-        same_BN = torch.diagonal(carried.same_BNN, offset=-1, dim1=1, dim2=2).to(keep.dtype)
-        keep = keep * F.pad(same_BN, (1, 0), value=1.0)[:, :, None, None]
-    ends = added
-    if state is not None:
-        first = added[:, :1] + state[:, None] * _fit(keep[:, :1], added)
-        ends = torch.cat([first, added[:, 1:]], dim=1)
-    step, count = 1, added.shape[1]
-    while step < count:
-        late = ends[:, step:] + ends[:, :-step] * _fit(keep[:, step:], ends)
-        ends = torch.cat([ends[:, :step], late], dim=1)
-        keep = torch.cat([keep[:, :step], keep[:, step:] * keep[:, :-step]], dim=1)
-        step *= 2
-    return ends
+def _times(x_BJNRY: Tensor, factor_BJNCE: Tensor) -> Tensor:
+    """Every query head's rows times the factors of their tokens."""
+    return (x_BJNRY.unflatten(3, (-1, factor_BJNCE.shape[3])) * factor_BJNCE.unsqueeze(3)).flatten(3, 4)
 
 
-def _fit(factor_BNJF: Tensor, sums: Tensor) -> Tensor:
-    """A factor per feature, shaped for sums with or without a value axis."""
-    return factor_BNJF if sums.ndim == 4 else factor_BNJF.unsqueeze(-1)
+def _visibility(segments_BT: Tensor, chunk: int) -> _Visibility:
+    """Masks of packed rows. What comes in belongs to the first token's document."""
+    pad = -segments_BT.shape[1] % chunk
+    if pad:  # no clamped index: Inductor of torch 2.11 cannot compile it
+        segments_BT = torch.cat([segments_BT, segments_BT[:, -1:].expand(-1, pad)], dim=1)
+    segment_B1NC = segments_BT.unflatten(1, (-1, chunk)).unsqueeze(1)
+    last_B1N1 = segment_B1NC[..., -1:]
+    before_B1N1 = torch.cat([segment_B1NC[:, :, :1, :1], last_B1N1[:, :, :-1]], dim=2)
+    causal_CC = torch.ones(chunk, chunk, dtype=torch.bool, device=segments_BT.device).tril()
+    return _Visibility(
+        causal_CC & (segment_B1NC.unsqueeze(-1) == segment_B1NC.unsqueeze(-2)),
+        (segment_B1NC == before_B1N1).unsqueeze(-1),
+        (segment_B1NC == last_B1N1).unsqueeze(-1),
+        (before_B1N1 != last_B1N1).transpose(-1, -2),
+    )
+
+
+def _decays(since_BJNCE: Tensor, visibility: _Visibility | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Factors from the chunk's start to its queries, from its keys to its end, and the log of that over the chunk."""
+    end_BJN1E = since_BJNCE[:, :, :, -1:]
+    read, write = since_BJNCE.exp(), (end_BJN1E - since_BJNCE).exp()
+    total_BJEN = end_BJN1E.squeeze(3).transpose(-1, -2)
+    if visibility is None:
+        return read, write, total_BJEN
+    total_BJEN = torch.where(visibility.breaks_B11N, float("-inf"), total_BJEN)
+    return read * visibility.reads_B1NC1, write * visibility.writes_B1NC1, total_BJEN
+
+
+def _scores(q_BJNRF: Tensor, k_BJNCF: Tensor, since_BJNCE: Tensor | None, seen: Tensor | None) -> Tensor:
+    """Decayed products inside the chunks [B, J, N, R, C], 0 where nothing is seen."""
+    chunk = k_BJNCF.shape[3]
+    if seen is None:
+        seen = torch.ones(chunk, chunk, dtype=torch.bool, device=q_BJNRF.device).tril()
+    if since_BJNCE is not None and since_BJNCE.shape[-1] == 1:
+        pair_BJNCC = (since_BJNCE - since_BJNCE.transpose(-1, -2)).masked_fill(~seen, float("-inf")).exp()
+        return _times(q_BJNRF @ k_BJNCF.transpose(-1, -2), pair_BJNCC)
+    if since_BJNCE is not None:  # counted from the middle: neither factor leaves the range of fp32
+        middle_BJNCF = since_BJNCE - since_BJNCE[:, :, :, chunk // 2, None]
+        q_BJNRF, k_BJNCF = _times(q_BJNRF, middle_BJNCF.exp()), k_BJNCF * (-middle_BJNCF).exp()
+    score_BJNRC = q_BJNRF @ k_BJNCF.transpose(-1, -2)  # where the key comes later: anything, infinity too
+    return score_BJNRC.unflatten(3, (-1, chunk)).masked_fill(~seen.unsqueeze(-3), 0).flatten(3, 4)
+
+
+def _running(added_BJNX: Tensor, total_BJEN: Tensor, state_BJX: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Sums at the start of each chunk, [B, J, N, F] or [B, J, N, F, V], and after the last one.
+
+    Args:
+        added_BJNX: what each chunk adds.
+        total_BJEN: log decay over each chunk, -inf = nothing goes on.
+        state_BJX: the sums before; None = 0.
+    """
+    added_BJENY = added_BJNX.flatten(3).unflatten(3, (total_BJEN.shape[2], -1)).transpose(2, 3)
+    state_BJEY = None
+    if state_BJX is not None:
+        state_BJEY = state_BJX.to(added_BJNX.dtype).flatten(2).unflatten(2, (total_BJEN.shape[2], -1))
+    starts_BJENY, end_BJEY = _scan(added_BJENY, total_BJEN, state_BJEY)
+    start_BJNX = starts_BJENY.transpose(2, 3).reshape(added_BJNX.shape)
+    return start_BJNX, end_BJEY.reshape(added_BJNX[:, :, 0].shape)
+
+
+def _scan(added_BJENY: Tensor, total_BJEN: Tensor, state_BJEY: Tensor | None) -> tuple[Tensor, Tensor]:
+    """`_running`, by one matrix over chunks: its logs are sums of the gates, never differences of such sums.
+
+    More than BLOCK chunks are scanned in blocks, each from nothing; then the blocks are scanned.
+    """
+    count, shared = added_BJENY.shape[3], total_BJEN.shape[2]
+    if count > BLOCK:
+        pad = -count % BLOCK
+        added_BJENY = F.pad(added_BJENY, (0, 0, 0, pad)).unflatten(3, (-1, BLOCK)).flatten(2, 3)
+        total_BJEN = F.pad(total_BJEN, (0, pad)).unflatten(3, (-1, BLOCK)).flatten(2, 3)
+        inner, ends = _scan(added_BJENY, total_BJEN, None)
+        ends, totals = ends.unflatten(2, (shared, -1)), total_BJEN.sum(-1).unflatten(2, (shared, -1))
+        outer, end = _scan(ends, totals, state_BJEY)
+        starts = inner + outer.flatten(2, 3).unsqueeze(3) * _before(total_BJEN).exp().unsqueeze(-1)
+        return starts.unflatten(2, (shared, -1)).flatten(3, 4)[:, :, :, :count], end
+    ones_NN = torch.ones(count, count, dtype=torch.bool, device=added_BJENY.device)
+    # row n, column m: the logs of chunks m + 1 .. n - 1
+    rows_BJENN = F.pad(total_BJEN[..., :-1], (1, 0)).unsqueeze(-1).expand(*total_BJEN.shape, count)
+    log_BJENN = rows_BJENN.masked_fill(~ones_NN.tril(-2), 0).cumsum(-2)
+    starts = log_BJENN.exp().masked_fill(~ones_NN.tril(-1), 0) @ added_BJENY
+    if state_BJEY is not None:
+        starts = starts + state_BJEY.unsqueeze(3) * _before(total_BJEN).exp().unsqueeze(-1)
+    return starts, starts[:, :, :, -1] * total_BJEN[..., -1:].exp() + added_BJENY[:, :, :, -1]
+
+
+def _before(total_BJEN: Tensor) -> Tensor:
+    """Log decay from the first chunk's start to each chunk's start."""
+    return F.pad(total_BJEN[..., :-1], (1, 0)).cumsum(-1)

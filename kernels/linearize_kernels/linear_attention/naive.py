@@ -24,7 +24,8 @@ def naive_linear_sums(
         gate_BTHE = (log_gate if log_gate.ndim == 4 else log_gate.unsqueeze(-1)).repeat_interleave(repeats, dim=2)
         sum_BTHE = gate_BTHE.cumsum(1)
         decay = (sum_BTHE[:, :, None] - sum_BTHE[:, None]).clamp_max(0).exp()
-        score_BHTT = torch.einsum("bihf,bjhf,bijhf->bhij", q_BTHF, k_BTHF, decay.expand(*decay.shape[:-1], k_BTHF.shape[-1]))
+        decay_BTTHF = decay.expand(*decay.shape[:-1], k_BTHF.shape[-1])
+        score_BHTT = torch.einsum("bihf,bjhf,bijhf->bhij", q_BTHF, k_BTHF, decay_BTTHF)
     seen = torch.ones(length, length, dtype=torch.bool, device=q_BTHF.device).tril()
     if segments_BT is not None:
         seen = seen & (segments_BT[:, None, :, None] == segments_BT[:, None, None, :])
@@ -35,4 +36,4 @@ def naive_linear_sums(
 def naive_linear_attention(q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, segments_BT: Tensor | None = None) -> Tensor:
     """y = num / den, without decay."""
     num_BTHV, den_BTH = naive_linear_sums(q_BTHF, k_BTJF, v_BTGV, None, segments_BT)
-    return num_BTHV / den_BTH.clamp_min(torch.finfo(den_BTH.dtype).tiny).unsqueeze(-1)
+    return num_BTHV / den_BTH.masked_fill(den_BTH == 0, 1).unsqueeze(-1)

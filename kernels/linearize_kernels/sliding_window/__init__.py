@@ -40,14 +40,14 @@ def window_sums(
 
     Args:
         q_BTHK: queries, already rotated and scaled.
-        k_BMGK, v_BMGV: keys (rotated) and values; M = window - 1 + T. Entries before the document do not matter.
+        k_BMGK, v_BMGV: keys (rotated) and values; M = window - 1 + T. Those before the document: anything finite.
         position_BT: index of each query in its document, -1 for padding: it sees so many keys back, never more.
         window: at least 1.
         sinks: seen by the queries whose window no longer reaches them; sink s is the document's token s.
 
     Memory is linear in T: chunks of queries against the chunk's own keys and window - 1 before.
     """
-    batch, length, heads, width = q_BTHK.shape
+    length, heads = q_BTHK.shape[1:3]
     groups = k_BMGK.shape[2]
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
     assert k_BMGK.shape[1] == window - 1 + length, (k_BMGK.shape, window, length)
@@ -83,7 +83,7 @@ def window_sums(
     num_BTGRV, den_BTGR, max_BTGR = rows(num), rows(weight.sum(-1)), rows(max_BNGRC)
     if sinks is not None and score_S is not None:
         weight_BTGRS = (score_S - max_BTGR.unsqueeze(-1)).exp()
-        num_BTGRV = num_BTGRV + weight_BTGRS @ sinks.v_BXSGV.to(dtype).transpose(2, 3)
+        num_BTGRV = num_BTGRV + _with_sinks("btgrs,bxsgv->btgrv", weight_BTGRS, sinks.v_BXSGV.to(dtype))
         den_BTGR = den_BTGR + weight_BTGRS.sum(-1)
     return WindowSums(num_BTGRV.flatten(2, 3), den_BTGR.flatten(2, 3), max_BTGR.flatten(2, 3))
 
@@ -92,8 +92,15 @@ def _sink_scores(q_BTGRK: Tensor, k_BXSGK: Tensor, position_BT: Tensor, window: 
     """Scores [B, T, G, R, S]; -inf where the window still covers the sink, or the document has not come to it."""
     index_S = torch.arange(k_BXSGK.shape[2], device=q_BTGRK.device)
     seen_BTS = position_BT.unsqueeze(-1) - index_S >= window
-    score = q_BTGRK @ k_BXSGK.permute(0, 1, 3, 4, 2)
+    score = _with_sinks("btgrk,bxsgk->btgrs", q_BTGRK, k_BXSGK)
     return score.masked_fill(~seen_BTS[:, :, None, None], float("-inf"))
+
+
+def _with_sinks(equation: str, left_BTGRX: Tensor, sinks_BXSGY: Tensor) -> Tensor:
+    """One product for all queries where they share the sinks, one for each otherwise."""
+    if sinks_BXSGY.shape[1] == 1:
+        return torch.einsum(equation.replace("x", ""), left_BTGRX, sinks_BXSGY[:, 0])
+    return torch.einsum(equation.replace("x", "t"), left_BTGRX, sinks_BXSGY)
 
 
 def naive_window_sums(
