@@ -4,9 +4,9 @@
     python scripts/results.py speed --model teacher.gguf --out runs
     python scripts/results.py table --out runs > docs/results.md
 
-`train` works row by row, each in a process of its own and `--jobs` of them side by side, and writes one JSON file a row;
-rows that are there already are left alone, so that an interrupted call goes on. `speed` times the training of each
-recipe with the machine for itself. `table` reads the JSON files.
+`train` works row by row, each in a process of its own and `--jobs` of them side by side, and writes one JSON file a
+row. Rows that are there already are left alone, and half-trained ones go on. `speed` times the training of each recipe
+with the machine for itself. `table` reads the JSON files.
 """
 
 from __future__ import annotations
@@ -77,13 +77,15 @@ ROWS: dict[str, Row] = {
 }
 
 
-def overrides_of(row: Row, tokens: str) -> list[str]:
-    """`tokens` for distillation and as many for what comes before it, in equal parts."""
+def overrides_of(row: Row, tokens: str, micro_batch: int) -> list[str]:
+    """`tokens` for distillation and as many for what comes before it, in equal parts; distillation in micro-batches."""
     stages = load_recipe(row.recipe).stages
     half = load_recipe(row.recipe, [f"stages.0.tokens={tokens}"]).stages[0].tokens
     before = sum(stage.kind == "transfer" for stage in stages)
     budget = [half // before if stage.kind == "transfer" else half for stage in stages]
-    return [*row.overrides, *(f"stages.{index}.tokens={number}" for index, number in enumerate(budget))]
+    changes = [f"stages.{index}.tokens={number}" for index, number in enumerate(budget)]
+    distil = [index for index, stage in enumerate(stages) if stage.kind == "distil"]
+    return [*row.overrides, *changes, *(f"stages.{index}.micro_batch={micro_batch}" for index in distil)]
 
 
 def train_row(name: str, options: argparse.Namespace) -> None:
@@ -98,7 +100,7 @@ def train_row(name: str, options: argparse.Namespace) -> None:
         record["nll"] = measure(teacher.model, heldout)
     else:
         row = ROWS[name]
-        overrides = ["evaluations=1", *overrides_of(row, options.tokens)]
+        overrides = ["evaluations=1", *overrides_of(row, options.tokens, options.micro_batch)]
         folder = Path(options.out) / name
         job = Conversion(
             model=options.model,
@@ -107,7 +109,7 @@ def train_row(name: str, options: argparse.Namespace) -> None:
             data=options.data,
             heldout=options.heldout,
             overrides=overrides,
-            overwrite=True,
+            resume=(folder / "run").is_dir(),
             compile=options.compile,
         )
         result = convert(job)
@@ -288,6 +290,7 @@ def main() -> int:
     parser.add_argument("--row", action="append", help=f"one row, may be repeated; all: {', '.join(ROWS)}")
     parser.add_argument("--jobs", type=int, default=1, help="rows that are trained side by side")
     parser.add_argument("--compile", action="store_true", help="compile the mixers")
+    parser.add_argument("--micro-batch", type=int, default=4, help="rows per forward in distillation")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.command == "table":

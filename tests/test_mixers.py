@@ -29,9 +29,11 @@ from linearize.mixers.lawcat import LawcatConfig
 from linearize.mixers.liger import LigerConfig
 from linearize.mixers.lizard import LizardConfig
 from linearize.mixers.lolcats import LolcatsConfig
+from linearize.mixers.mamba2 import Mamba2Config
 from linearize.mixers.swa import SwaConfig
 from linearize.mixers.t2r import T2rConfig
 from linearize.mixers.taylor import TaylorConfig
+from linearize.mixers.timeline import first_tokens
 from linearize_kernels.linear_attention.naive import naive_linear_attention
 
 CASES: dict[str, MixerConfig] = {name: entry.config() for name, entry in MIXERS.items()} | {
@@ -56,6 +58,12 @@ CASES: dict[str, MixerConfig] = {name: entry.config() for name, entry in MIXERS.
     "lolcats-small": LolcatsConfig(window=5, sinks=2, affine=True),
     "lolcats-one": LolcatsConfig(window=1, normalisation="exp", features=5),
     "liger-small": LigerConfig(window=7, sinks=3, normaliser=True),
+    "mamba2-cosine": Mamba2Config(scores="cosine", maps=False),
+    "mamba2-random": Mamba2Config(start="random"),
+    "mamba2-mmmamba": Mamba2Config(variant="mmmamba"),
+    "mamba2-mmmamba-random": Mamba2Config(variant="mmmamba", start="random", conv=4),
+    "mamba2-mamba-in-llama": Mamba2Config(variant="mamba_in_llama"),
+    "mamba2-mohawk": Mamba2Config(variant="mohawk"),
     "gdn-plain": GdnConfig(maps=False, gate=False),
     "gdn-conv": GdnConfig(conv=4),
     "gdn-published": GdnConfig(conv=4, activation="silu", norm="rms"),
@@ -295,8 +303,29 @@ def test_row_weights_sum_to_one_and_reproduce_the_outputs(case: str, packed: boo
     if mixer.rows == "normalised":
         close(weight_BHTT.sum(-1), torch.ones(2, HEADS, 70, dtype=torch.float64))
     assert not weight_BHTT.triu(1).any()
+    if case.startswith("mamba2"):
+        return  # its matrix multiplies convolved values, and a gate follows: see test_mamba2.py
     v_BTHV = heads.v_BTGV.repeat_interleave(HEADS // key_heads, dim=2)
     close(torch.einsum("bhij,bjhv->bihv", weight_BHTT, v_BTHV), mixer(heads)[0])
+
+
+def test_first_tokens_of_packed_documents() -> None:
+    sizes = [3, 1, 9, 2, 5]
+    positions_BT = torch.cat([torch.arange(size) for size in sizes]).expand(2, -1)
+    x = torch.randn(2, 20, 3, 2, dtype=torch.float64, requires_grad=True)
+    found = first_tokens(x, positions_BT, 4)
+    weight, start = torch.randn_like(found), 0
+    expected = torch.zeros((), dtype=torch.float64)
+    for size in sizes:
+        rows = slice(start, start + size)
+        for sink in range(4):
+            if sink < size:
+                assert torch.equal(found[:, rows, sink], x[:, start + sink, None].expand(-1, size, -1, -1))
+                expected = expected + (weight[:, rows, sink].clone() * x[:, start + sink, None]).sum()
+            else:
+                weight[:, rows, sink] = 0  # no such token: no query sees it
+        start += size
+    close(*(torch.autograd.grad(y, x)[0] for y in ((found * weight).sum(), expected)))
 
 
 @every_mixer

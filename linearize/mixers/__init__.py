@@ -14,6 +14,7 @@ from linearize.mixers.lawcat import Lawcat, LawcatConfig
 from linearize.mixers.liger import Liger, LigerConfig
 from linearize.mixers.lizard import Lizard, LizardConfig
 from linearize.mixers.lolcats import Lolcats, LolcatsConfig
+from linearize.mixers.mamba2 import Mamba2, Mamba2Config
 from linearize.mixers.swa import Swa, SwaConfig
 from linearize.mixers.t2r import T2r, T2rConfig
 from linearize.mixers.taylor import Taylor, TaylorConfig
@@ -44,6 +45,7 @@ MIXERS: dict[str, MixerEntry] = {
     "lizard": MixerEntry(LizardConfig, Lizard),
     "liger": MixerEntry(LigerConfig, Liger),
     "lolcats": MixerEntry(LolcatsConfig, Lolcats),
+    "mamba2": MixerEntry(Mamba2Config, Mamba2),
     "gdn": MixerEntry(GdnConfig, Gdn),
     "t2r": MixerEntry(T2rConfig, T2r),
     "taylor": MixerEntry(TaylorConfig, Taylor),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -116,12 +117,48 @@ def find_sinks(
     )
     if not timeline.packed:
         return kept, kept
-    length = k_BTGK.shape[1]
-    first_BT = torch.arange(length, device=k_BTGK.device) - timeline.position_BT
-    source = first_BT[..., None] + torch.arange(sinks, device=k_BTGK.device)
-    source = source.clamp_max(length - 1).flatten(1)
-    shape = (length, sinks)
-    return Sinks(take(k_BTGK, source).unflatten(1, shape), take(v_BTGV, source).unflatten(1, shape)), kept
+    k_BTSGK, v_BTSGV = (first_tokens(x, timeline.position_BT, sinks) for x in (k_BTGK, v_BTGV))
+    return Sinks(k_BTSGK, v_BTSGV), kept
+
+
+def first_tokens(x_BTX: Tensor, position_BT: Tensor, count: int) -> Tensor:
+    """The first `count` tokens of each token's document, [B, T, count, ...]; anything where the document is shorter.
+
+    Rows hold whole documents: positions start from 0.
+    """
+    found: Tensor = _FirstTokens.apply(x_BTX, position_BT, count)
+    return found
+
+
+class _FirstTokens(torch.autograd.Function):
+    """A gather whose gradient is a running sum over each document.
+
+    Autograd would add T gradients into the same few rows, one after the other: on an H100 that took longer than all the
+    rest of the layer, and its order changed from run to run.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_BTX: Tensor, position_BT: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(position_BT)
+        length = x_BTX.shape[1]
+        place_T = torch.arange(length, device=x_BTX.device)
+        source_BTS = (place_T - position_BT).unsqueeze(-1) + torch.arange(count, device=x_BTX.device)
+        return take(x_BTX, source_BTS.clamp_max(length - 1).flatten(1)).unflatten(1, (length, count))
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTSX: Tensor) -> tuple[Tensor, None, None]:
+        (position_BT,) = ctx.saved_tensors
+        batch, length, count = grad_BTSX.shape[:3]
+        place_T = torch.arange(length, device=grad_BTSX.device)
+        ahead_BT = F.pad(torch.where(position_BT == 0, place_T, length)[:, 1:], (0, 1), value=length)
+        last_BT = ahead_BT.flip(1).cummin(dim=1).values.flip(1) - 1
+        # token p of a document is its sink p: it gets the sum over the document of the gradients of that sink
+        sums = grad_BTSX.to(torch.promote_types(grad_BTSX.dtype, torch.float32)).cumsum(1)
+        sums = F.pad(sums.flatten(3) if sums.ndim > 3 else sums.unsqueeze(-1), (0, 0, 0, 0, 1, 0)).flatten(1, 2)
+        sink_BT = position_BT.clamp_max(count - 1)
+        total = take(sums, (last_BT + 1) * count + sink_BT) - take(sums, (place_T - position_BT) * count + sink_BT)
+        total = total.masked_fill((position_BT >= count).unsqueeze(-1), 0)
+        return total.view(batch, length, *grad_BTSX.shape[3:]).to(grad_BTSX.dtype), None, None
 
 
 def _kept(timeline: Timeline, state_BSX: Tensor | None, x_BTX: Tensor, sinks: int) -> Tensor:
