@@ -148,17 +148,28 @@ class _FirstTokens(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_BTSX: Tensor) -> tuple[Tensor, None, None]:
         (position_BT,) = ctx.saved_tensors
-        batch, length, count = grad_BTSX.shape[:3]
-        place_T = torch.arange(length, device=grad_BTSX.device)
-        ahead_BT = F.pad(torch.where(position_BT == 0, place_T, length)[:, 1:], (0, 1), value=length)
-        last_BT = ahead_BT.flip(1).cummin(dim=1).values.flip(1) - 1
-        # token p of a document is its sink p: it gets the sum over the document of the gradients of that sink
-        sums = grad_BTSX.to(torch.promote_types(grad_BTSX.dtype, torch.float32)).cumsum(1)
-        sums = F.pad(sums.flatten(3) if sums.ndim > 3 else sums.unsqueeze(-1), (0, 0, 0, 0, 1, 0)).flatten(1, 2)
-        sink_BT = position_BT.clamp_max(count - 1)
-        total = take(sums, (last_BT + 1) * count + sink_BT) - take(sums, (place_T - position_BT) * count + sink_BT)
-        total = total.masked_fill((position_BT >= count).unsqueeze(-1), 0)
-        return total.view(batch, length, *grad_BTSX.shape[3:]).to(grad_BTSX.dtype), None, None
+        grad_BTX: Tensor = _sum_over_documents(grad_BTSX, position_BT)
+        return grad_BTX, None, None
+
+
+@torch.library.custom_op("linearize::sum_over_documents", mutates_args=())  # opaque: Inductor of torch 2.11 fails on it
+def _sum_over_documents(grad_BTSX: Tensor, position_BT: Tensor) -> Tensor:
+    """[B, T, ...]: token p < S of a document gets the sum over the document of entry p along S; other tokens get 0."""
+    batch, length, count = grad_BTSX.shape[:3]
+    place_T = torch.arange(length, device=grad_BTSX.device)
+    ahead_BT = F.pad(torch.where(position_BT == 0, place_T, length)[:, 1:], (0, 1), value=length)
+    after_BT = ahead_BT.flip(1).cummin(dim=1).values.flip(1)
+    sums = grad_BTSX.to(torch.promote_types(grad_BTSX.dtype, torch.float32)).reshape(batch, length, count, -1).cumsum(1)
+    sums = F.pad(sums, (0, 0, 0, 0, 1, 0)).flatten(1, 2)
+    entry_BT = position_BT.clamp_max(count - 1)
+    total = take(sums, after_BT * count + entry_BT) - take(sums, (place_T - position_BT) * count + entry_BT)
+    total = total.masked_fill((position_BT >= count).unsqueeze(-1), 0)
+    return total.view(batch, length, *grad_BTSX.shape[3:]).to(grad_BTSX.dtype)
+
+
+@_sum_over_documents.register_fake
+def _(grad_BTSX: Tensor, position_BT: Tensor) -> Tensor:
+    return grad_BTSX.new_empty(grad_BTSX.shape[:2] + grad_BTSX.shape[3:])
 
 
 def _kept(timeline: Timeline, state_BSX: Tensor | None, x_BTX: Tensor, sinks: int) -> Tensor:
