@@ -334,6 +334,7 @@ def test_builds_without_memory_for_the_plan(case: str) -> None:
         mixer = build_mixer(CASES[case], shapes())
     assert all(parameter.is_meta for parameter in mixer.parameters())
     assert mixer.state_bytes() == build_mixer(CASES[case], shapes()).state_bytes()
+    assert len(mixer.state_dict()) == len(list(mixer.parameters()))  # no weight under two names: files cannot share
 
 
 def phi(x: Tensor, weight: Tensor, bias: Tensor, form: str) -> Tensor:

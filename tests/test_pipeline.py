@@ -26,7 +26,7 @@ from linearize.metrics import TIMING_FIELDS, read_metrics
 from linearize.mixers.hedgehog import Hedgehog
 from linearize.pipeline import Conversion, convert
 from linearize.planning import plan_conversion
-from linearize.recipe import load_recipe
+from linearize.recipe import load_recipe, recipe_names
 from linearize.stages.distil import Distil
 from linearize.stages.transfer import Transfer
 from linearize.teacher import load_teacher
@@ -128,6 +128,45 @@ def test_doctor_is_green_on_all_student_and_all_softmax_models(kept, make_teache
         recipe = load_recipe("hedgehog")
         model = _as_exported(graft(model, plan_surgery(model, recipe.mixer)), recipe)
     assert [finding.check for finding in examine(model) if not finding.passed] == []
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_doctor_is_green_on_every_shipped_mixer(name, make_teacher):
+    """With parameters moved off their start, where some mistakes cancel."""
+    from linearize.surgery import graft, plan_surgery
+
+    recipe, model = load_recipe(name), make_teacher()
+    grafted = graft(model, plan_surgery(model, recipe.mixer))
+    with torch.no_grad():
+        for parameter in grafted.mixer_parameters().values():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    failed = {f.check: f.difference for f in examine(_as_exported(grafted, recipe)) if not f.passed}
+    assert not failed
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_initial_values_survive_construction_and_loading(name, make_teacher, tmp_path):
+    """transformers' post_init would set every Linear anew, and does so without a word."""
+    from linearize.modeling import STUDENT_CLASSES, student_config
+    from linearize.surgery import graft, plan_surgery
+
+    recipe, starts = load_recipe(name), []
+    for seed in (0, 1):
+        model = make_teacher()
+        torch.manual_seed(seed)
+        grafted = graft(model, plan_surgery(model, recipe.mixer))
+        starts.append({path: parameter.clone() for path, parameter in grafted.mixer_parameters().items()})
+    config = student_config(model.config, recipe.mixer, tuple(grafted.students))
+    fresh = dict(STUDENT_CLASSES["llama"][1](config).named_parameters())
+    for path, start in starts[0].items():
+        if torch.equal(start, starts[1][path]):  # the same whatever the seed
+            assert torch.equal(fresh[path], start), path
+        elif start.numel() >= 500:
+            assert 0.8 < fresh[path].std() / start.std() < 1.25, path
+    student = _as_exported(grafted, recipe)
+    student.save_pretrained(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert all(torch.equal(loaded[path], start) for path, start in starts[1].items())
 
 
 def _as_exported(grafted, recipe):

@@ -39,12 +39,13 @@ class Hedgehog(StudentMixer):
         features = config.features or shapes.key_width
         arguments = (shapes.query_heads, shapes.key_width, features, config.bias, config.normalisation)
         self.query_map = HedgehogMap(*arguments)
-        self.key_map = self.query_map if config.tied else HedgehogMap(*arguments)
+        self.key_map = None if config.tied else HedgehogMap(*arguments)  # one name per weight: files cannot share
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.query_map.reset_parameters(self.config.start)
-        self.key_map.reset_parameters(self.config.start)
+        if self.key_map is not None:
+            self.key_map.reset_parameters(self.config.start)
 
     def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
         features = 2 * (self.config.features or self.shapes.key_width)
@@ -60,7 +61,8 @@ class Hedgehog(StudentMixer):
         q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
         if self.config.rope and heads.rope is not None:
             q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
-        k_BTHF = self.key_map(k_BTGK, "key")
+        key_map = self.query_map if self.key_map is None else self.key_map
+        k_BTHF = key_map(k_BTGK, "key")
         if heads.mask_BT is not None:
             k_BTHF = k_BTHF * heads.mask_BT[:, :, None, None]
         return self.query_map(q_BTHK, "query"), k_BTHF

@@ -68,7 +68,7 @@ class Lawcat(StudentMixer):
         self.features = config.features or max(1, width // 2)
         arguments = (heads, width, self.features, False, config.normalisation)
         self.query_map = HedgehogMap(*arguments)
-        self.key_map = self.query_map if config.tied else HedgehogMap(*arguments)
+        self.key_map = None if config.tied else HedgehogMap(*arguments)  # one name per weight: files cannot share
         self.query_taps_HKS = nn.Parameter(torch.empty(heads, width, config.kernel))
         self.key_taps_HKS = (
             self.query_taps_HKS if config.tied_conv else nn.Parameter(torch.empty(heads, width, config.kernel))
@@ -85,11 +85,13 @@ class Lawcat(StudentMixer):
         return self.shapes.key_heads if self.config.gate == "channel" else self.shapes.query_heads
 
     def reset_parameters(self) -> None:
-        for maps in {self.query_map, self.key_map}:
-            maps.reset_parameters()
+        for maps in (self.query_map, self.key_map):
+            if maps is not None:
+                maps.reset_parameters()
         for taps in (self.query_taps_HKS, self.key_taps_HKS):
-            nn.init.constant_(taps, OTHER_TAPS)
-            nn.init.ones_(taps[..., 0])
+            if taps is not None:
+                nn.init.constant_(taps, OTHER_TAPS)
+                nn.init.ones_(taps[..., 0])
         nn.init.normal_(self.gate_down.weight, std=GATE_STD)
         nn.init.normal_(self.gate_up.weight, std=GATE_STD)
         nn.init.zeros_(self.gate_up.bias)
@@ -128,8 +130,10 @@ class Lawcat(StudentMixer):
             q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
         q_BMHK = timeline.join(None if tails is None else tails.q_BSHK, q_BTHK.to(heads.v_BTGV.dtype), past)
         k_BMGK = timeline.join(None if tails is None else tails.k_BSGK, k_BTGK.to(heads.v_BTGV.dtype), past)
+        key_map = self.query_map if self.key_map is None else self.key_map
+        key_taps_HKS = self.query_taps_HKS if self.key_taps_HKS is None else self.key_taps_HKS
         q_BTHF = self.query_map(causal_conv(q_BMHK, self.query_taps_HKS, timeline.position_BT), "query")
-        k_BTHF = self.key_map(causal_conv(k_BMGK, self.key_taps_HKS, timeline.position_BT), "key")
+        k_BTHF = key_map(causal_conv(k_BMGK, key_taps_HKS, timeline.position_BT), "key")
         if heads.mask_BT is not None:
             k_BTHF = k_BTHF * heads.mask_BT[:, :, None, None]
         return q_BTHF, k_BTHF, _Tails(timeline.seen_B, tail_of(q_BMHK, past), tail_of(k_BMGK, past))
