@@ -70,7 +70,7 @@ class Lawcat(StudentMixer):
         self.query_map = HedgehogMap(*arguments)
         self.key_map = None if config.tied else HedgehogMap(*arguments)  # one name per weight: files cannot share
         self.query_taps_HKS = nn.Parameter(torch.empty(heads, width, config.kernel))
-        self.key_taps_HKS = None if config.tied_conv else nn.Parameter(torch.empty(taps))
+        self.key_taps_HKS = None if config.tied_conv else nn.Parameter(torch.empty(heads, width, config.kernel))
         self.gate_width = 2 * self.features if config.gate == "channel" else 1
         self.gate_down = nn.Linear(shapes.width, GATE_RANK, bias=False)
         self.gate_up = nn.Linear(GATE_RANK, self._gate_heads() * self.gate_width)
