@@ -5,8 +5,8 @@
     python scripts/results.py table --out runs > docs/results.md
 
 `train` works row by row, each in a process of its own and `--jobs` of them side by side, and writes one JSON file a
-row. Rows that are there already are left alone, and half-trained ones go on. `speed` times the training of each recipe
-with the machine for itself. `table` reads the JSON files.
+row. Rows that are there already are left alone, and half-trained ones go on. `speed` measures training speed as
+`linearize plan` does, with the machine for itself. `table` reads the JSON files.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from linearize.evals.perplexity import perplexity
 from linearize.export import load_student
 from linearize.machine import choose_machine, versions
 from linearize.pipeline import Conversion, convert
+from linearize.planning import plan_conversion
 from linearize.recipe import Recipe, load_recipe
-from linearize.stages import Batch, build_stage
-from linearize.surgery import graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import load_teacher
 
 TEACHER = "teacher"
@@ -47,7 +46,6 @@ MEASURED_TOKENS = 32_768
 """Held-out tokens read per source and length."""
 
 TOKENS_AT_ONCE = 16_384
-TIMED_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -169,45 +167,14 @@ def measure(model: PreTrainedModel, heldout: dict[str, np.ndarray]) -> dict[str,
 
 
 def time_rows(options: argparse.Namespace) -> None:
-    """Training tokens per second of each stage, without compiling, nothing else on the machine; writes speed.json."""
+    """Training tokens per second of each stage, as `linearize plan` measures them, nothing else on the machine."""
     machine = choose_machine(None, "auto")
     speeds: dict[str, Any] = {"device": machine.name, "date": f"{datetime.now(UTC):%Y-%m-%d}", "versions": versions()}
     for name in options.row or ROWS:
-        recipe = load_recipe(ROWS[name].recipe, ROWS[name].overrides)
-        model = load_teacher(options.model, dtype=machine.dtype, device=machine.device).model
-        grafted = graft(model, plan_surgery(model, recipe.mixer, recipe.keep_softmax))
-        if recipe.needs_frozen_teacher:
-            grafted = with_frozen_teacher(grafted)
-        speeds[name] = []
-        for config in recipe.stages:
-            grafted.model.requires_grad_(False)
-            stage = build_stage(config, grafted)
-            parameters = list(stage.trainable().values())
-            for parameter in parameters:
-                parameter.requires_grad_(True)
-            shape = (min(config.micro_batch, config.batch), config.length)
-            ids_BT = torch.randint(0, model.config.vocab_size, shape, device=machine.device)
-            place_BT = torch.arange(config.length, device=machine.device).expand(shape)
-            batch = Batch(ids_BT, place_BT, None, torch.ones_like(ids_BT, dtype=torch.bool))
-            optimizer = torch.optim.AdamW(parameters, fused=machine.device.type == "cuda")
-            for step in range(TIMED_STEPS + 2):
-                if step == 2:
-                    _wait(machine.device)
-                    began = time.perf_counter()
-                with torch.autocast(machine.device.type, torch.bfloat16, enabled=machine.precision == "bf16"):
-                    stage.train_micro_batch(batch, lambda loss: loss.backward())
-                optimizer.step()
-                optimizer.zero_grad()
-            _wait(machine.device)
-            rate = TIMED_STEPS * ids_BT.numel() / (time.perf_counter() - began)
-            speeds[name].append({"name": stage.name, "tokens_per_second": rate})
+        plan = plan_conversion(options.model, load_recipe(ROWS[name].recipe, ROWS[name].overrides))
+        speeds[name] = [{"name": cost.name, "tokens_per_second": cost.tokens_per_second} for cost in plan.stages]
         print(name, speeds[name], flush=True)
         (Path(options.out) / "speed.json").write_text(json.dumps(speeds, indent=1))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def train_rows(options: argparse.Namespace) -> int:
