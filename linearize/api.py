@@ -34,6 +34,7 @@ def convert(
     device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    compile: bool = False,
     quiet: bool = False,
 ) -> "Converted":
     """Convert a teacher into a linear-attention student and measure both.
@@ -50,6 +51,7 @@ def convert(
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None takes a GPU when there is one.
         resume: go on with an interrupted run in `out`.
         overwrite: delete a former run in `out`.
+        compile: compile the mixers for training; faster on many GPUs.
         quiet: print nothing.
 
     Raises:
@@ -72,6 +74,7 @@ def convert(
         device=device,
         resume=resume,
         overwrite=overwrite,
+        compile=compile,
     )
     return run_conversion(job, Console(stderr=True, quiet=quiet))
 

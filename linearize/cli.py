@@ -110,13 +110,25 @@ def plan(
     tokens: TokensOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    audit: Annotated[
+        bool, typer.Option("--audit", help="Compare the untrained student with its teacher, layer by layer.")
+    ] = False,
+    text: Annotated[
+        str | None, typer.Option(help="Text for --audit; default: a passage that comes with linearize.")
+    ] = None,
 ) -> None:
-    """Show what a conversion would replace and what it would cost here, measured on one batch. Writes nothing."""
+    """Show what a conversion would replace and what it would cost here, measured on one batch. Writes nothing.
+
+    With --audit, exit 1 when a layer's attention cannot be recomputed from the heads that the student sees.
+    """
     from linearize.planning import plan_conversion
     from linearize.recipe import load_recipe
     from linearize.tables import plan_report
 
-    out_console.print(plan_report(plan_conversion(model, load_recipe(recipe, overrides or (), tokens), device)))
+    checked = load_recipe(recipe, overrides or (), tokens)
+    found = plan_conversion(model, checked, device, audited=audit or text is not None, text=text)
+    out_console.print(plan_report(found))
+    raise typer.Exit(1 if found.audit is not None and found.audit.misread else 0)
 
 
 @app.command()

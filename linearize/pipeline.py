@@ -25,6 +25,7 @@ from linearize.evals.samples import PROMPT, Sampling, generate_texts
 from linearize.export import export_student, load_student
 from linearize.machine import Machine, Precision, choose_machine, versions
 from linearize.metrics import MetricsLog, Progress
+from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, open_run_folder, write_json
 from linearize.stages import Stage, build_stage, check_stages
@@ -123,8 +124,14 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         grafted = _graft(teacher.model, plan, recipe, job)
         second = "" if grafted.teacher is None else " Base weights will train: the teacher is a second copy."
         console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.{second}", highlight=False)
-        evaluate = partial(_student_perplexities, grafted, heldout, length)
-        untrained = folder.once("untrained", evaluate)
+        measure = partial(_student_perplexities, grafted, heldout, length)
+        untrained = folder.once("untrained", measure)
+        first = torch.from_numpy(next(iter(heldout.values()))[:length].astype(np.int64))[None]
+        monitor = Monitor(grafted, first, partial(console.print, highlight=False, markup=False))
+
+        def evaluate() -> dict[str, float]:
+            return {**measure(), **monitor()}
+
         settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision])
         stages = _train(grafted, recipe, corpus, settings, folder, console)
 

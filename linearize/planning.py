@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from linearize.audit import Audit, audit
 from linearize.machine import Machine, choose_machine
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
@@ -58,6 +59,7 @@ class Plan:
     key_value_bytes: int  # of the teacher's cache, per token and sequence
     teacher_bytes: int  # of the frozen second copy; 0 where the student's own weights are the teacher's
     stages: list[StageCost]
+    audit: Audit | None = None
 
     @property
     def parameters(self) -> int:
@@ -82,8 +84,17 @@ class Plan:
         return int(MINUTES * 60 / seconds_per_token)
 
 
-def plan_conversion(model: str, recipe: Recipe, device: str | None = None) -> Plan:
+def plan_conversion(
+    model: str, recipe: Recipe, device: str | None = None, *, audited: bool = False, text: str | None = None
+) -> Plan:
     """Load the teacher, plan the surgery and time one micro-batch of every stage on random tokens. Writes nothing.
+
+    Args:
+        model: as `convert` takes it.
+        recipe: how to convert.
+        device: `"cpu"`, `"cuda"`; None takes a GPU when there is one.
+        audited: also compare the untrained student with its teacher, layer by layer.
+        text: what that reads; None takes a passage that comes with linearize.
 
     Raises:
         LinearizeError: as `convert` would, for the model, the recipe and the surgery.
@@ -102,8 +113,9 @@ def plan_conversion(model: str, recipe: Recipe, device: str | None = None) -> Pl
     if recipe.needs_frozen_teacher:
         grafted = with_frozen_teacher(grafted)
         teacher_bytes = sum(p.numel() * p.element_size() for p in grafted.observed.model.parameters())
+    found = audit(grafted, teacher.tokenizer, text) if audited else None
     costs = [_cost(stage, grafted, machine) for stage in recipe.stages]
-    return Plan(teacher, recipe, machine, layers, swaps, key_value_bytes, teacher_bytes, costs)
+    return Plan(teacher, recipe, machine, layers, swaps, key_value_bytes, teacher_bytes, costs, found)
 
 
 def _cost(config: StageConfig, grafted: Graft, machine: Machine) -> StageCost:

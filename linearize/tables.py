@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
+from linearize.audit import Audit
 from linearize.doctor import Finding
 from linearize.evals.samples import PROMPT
 from linearize.pipeline import Converted
@@ -100,7 +102,41 @@ def plan_report(plan: Plan) -> RenderableType:
             _bytes(cost.moment_bytes),
         )
     budget = f"A budget of --tokens {plan.tokens_in_time:,} would train in about 15 minutes."
-    return Group(facts, table, memory, budget)
+    audited = [] if plan.audit is None else [audit_report(plan.audit)]
+    return Group(facts, table, memory, budget, *audited)
+
+
+def audit_report(audit: Audit) -> RenderableType:
+    """Each layer's error at step 0, gates and shares, and whether the student sees the teacher's heads."""
+    title = f"The untrained student beside its teacher on {audit.tokens} tokens of {escape(audit.text)}"
+    columns = ["error", "worst head", "keeps a token, p1 / p50 / p99", "linear share, p1 / p50 / p99", "recomputed"]
+    table = _table(title, "layer", *columns)
+    for layer in audit.layers:
+        gate = "-" if layer.log_gate is None else " / ".join(f"{math.exp(value):.4f}" for value in layer.log_gate)
+        share = "-" if layer.linear_share is None else " / ".join(f"{value:.3f}" for value in layer.linear_share)
+        worst = layer.worst_head
+        table.add_row(
+            str(layer.layer),
+            f"{layer.error:.3f}",
+            f"{layer.head_errors[worst]:.3f} ({worst})",
+            gate,
+            share,
+            f"{layer.recomputed:.0e}{' !' if layer.layer in audit.misread else ''}",
+        )
+    facts = Table.grid(padding=(0, 2))
+    for name, value in audit.heads.items():
+        facts.add_row(f"[bold]{name}[/bold]", escape(value))
+    verdict = (
+        f"Mean error {audit.error:.3f} (0: the teacher; 1: no better than silence). The teacher's attention follows "
+        f"from the heads that the student sees in every layer (tolerance {audit.tolerance:g})."
+    )
+    if audit.misread:
+        verdict = (
+            f"[red]Layers {_ranges(audit.misread)}: the teacher's attention does not follow from the heads that the "
+            "student sees.[/red] Head order, a bias, a norm on q or k, the scaling or RoPE differs from what "
+            "linearize/families/ says of this model; a student of such layers learns from the wrong heads."
+        )
+    return Group("", table, facts, verdict)
 
 
 def _size(plan: Plan) -> int:
