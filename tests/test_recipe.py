@@ -388,3 +388,28 @@ def test_a_recipe_cannot_be_changed(file: Path) -> None:
     recipe = load_recipe(str(file))
     with pytest.raises(ValueError, match="frozen"):
         recipe.seed = 3  # type: ignore[misc]
+
+
+CONTRADICTIONS = [  # (recipe, override, key, rule)
+    ("lizard", "mixer.window=0", "mixer.window", "greater than or equal to 1"),
+    ("swa-sink", "mixer.window=0", "mixer.window", "greater than or equal to 1"),
+    ("lolcats", "mixer.window=-1", "mixer.window", "greater than or equal to 1"),
+    ("lawcat", "mixer.kernel=0", "mixer.kernel", "greater than or equal to 1"),
+    ("mamba2-mimic", "mixer.conv=0", "mixer.conv", "greater than or equal to 2"),
+    ("gdn", "mixer.conv=1", "mixer.conv", "sees no earlier token; use 0 for none"),
+    ("hedgehog", "mixer.features=513", "mixer.features", "less than or equal to 512"),
+    ("lizard-published", "mixer.sinks=4", "mixer", "published has no sinks"),
+    ("lizard", "mixer.half_life=[512, 16]", "mixer", "the smaller one first"),
+    ("mamba-in-llama", "mixer.start=mimic", "mixer", "has a random start only"),
+    ("mohawk", "mixer.half_life=[1, 2]", "mixer", "has a fixed structure"),
+    ("gdn", "stages.0.objective={attention_ce: 1.0}", "stages.0.objective", "rows of attention weights"),
+    ("lawcat", "stages.0.objective={attention_ce: 1.0}", "stages.0.objective", "rows of attention weights"),
+    ("liger", "stages.0.train=[all, lora]", "stages.0.train", "all"),
+]
+
+
+@pytest.mark.parametrize(("recipe", "override", "key", "rule"), CONTRADICTIONS)
+def test_contradicting_options_are_refused_with_the_rule(recipe: str, override: str, key: str, rule: str) -> None:
+    said = failure(find_recipe(recipe), override)
+    assert key in said
+    assert rule in said
