@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from linearize.mixers.base import HeadInputs, RowWeights
+
 Normalisation = Literal["exp", "softmax", "softmax_joint"]
 
 MAX_EXPONENT = 60.0
@@ -52,15 +54,7 @@ class HedgehogMap(nn.Module):
 
     def forward(self, x_BTGK: Tensor, side: Literal["query", "key"]) -> Tensor:
         """Features [B, T, H, 2F] in fp32 (fp64 for fp64 weights). Input heads are not repeated in memory."""
-        maps, width, features = self.weight_HKF.shape
-        groups = x_BTGK.shape[2]
-        dtype = torch.promote_types(self.weight_HKF.dtype, torch.float32)
-        weight_GKN = self.weight_HKF.to(dtype).view(groups, maps // groups, width, features)
-        weight_GKN = weight_GKN.transpose(1, 2).flatten(2)  # [G, K, N * F]
-        x_GLK = x_BTGK.to(dtype).flatten(0, 1).transpose(0, 1)
-        u_BTHF = (x_GLK @ weight_GKN).transpose(0, 1).reshape(*x_BTGK.shape[:2], maps, features)
-        if self.bias_HF is not None:
-            u_BTHF = u_BTHF + self.bias_HF.to(dtype)
+        u_BTHF = map_heads(x_BTGK, self.weight_HKF, self.bias_HF)
         if self.normalisation == "softmax":
             return torch.cat([u_BTHF.softmax(-1), (-u_BTHF).softmax(-1)], dim=-1).clamp_min(MIN_FEATURE)
         both = torch.cat([u_BTHF, -u_BTHF], dim=-1)
@@ -69,3 +63,32 @@ class HedgehogMap(nn.Module):
         if side == "query":
             return (both - both.amax(-1, keepdim=True).detach()).exp().clamp_min(MIN_FEATURE)
         return both.clamp_max(MAX_EXPONENT).exp()
+
+
+def map_heads(x_BTGK: Tensor, weight_HKF: Tensor, bias_HF: Tensor | None = None) -> Tensor:
+    """u [B, T, H, F] = x W + b in fp32 (fp64 for fp64 weights); input head g feeds maps g * H / G and on.
+
+    Input heads are not repeated in memory.
+    """
+    maps, width, features = weight_HKF.shape
+    batch, length, groups, _ = x_BTGK.shape
+    dtype = torch.promote_types(weight_HKF.dtype, torch.float32)
+    weight_GKN = weight_HKF.to(dtype).view(groups, maps // groups, width, features).transpose(1, 2).flatten(2)
+    x_GLK = x_BTGK.to(dtype).flatten(0, 1).transpose(0, 1)
+    u_BTHF = (x_GLK @ weight_GKN).transpose(0, 1).reshape(batch, length, maps, features)
+    return u_BTHF if bias_HF is None else u_BTHF + bias_HF.to(dtype)
+
+
+def feature_rows(heads: HeadInputs, q_BTHF: Tensor, k_BTHF: Tensor) -> RowWeights:
+    """`StudentMixer.row_weights` of normalised linear attention with these features."""
+
+    def rows(start: int, stop: int) -> Tensor:
+        score_BHRT = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)
+        return normalised(score_BHRT.masked_fill(~heads.seen(start, stop), 0))
+
+    return rows
+
+
+def normalised(weight_BHRT: Tensor) -> Tensor:
+    """Rows that sum to 1."""
+    return weight_BHRT / weight_BHRT.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_BHRT.dtype).tiny)

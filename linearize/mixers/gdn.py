@@ -17,13 +17,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, StudentMixer
-from linearize.mixers.t2r import map_heads
+from linearize.mixers.feature_maps import map_heads
+from linearize.mixers.gates import OPEN_GATE, HalfLife, rates
 from linearize.mixers.timeline import Timeline, begin, tail_of
 from linearize_kernels import causal_conv
 from linearize_kernels.gated_delta_rule import gated_delta_rule
-
-OPEN_GATE = 1.2784645427610738
-"""silu of it is 1: the output gate starts by changing nothing."""
 
 START_BETA = 0.25
 
@@ -39,7 +37,7 @@ class GdnConfig(MixerConfig):
     conv: int = Field(0, ge=0, le=32, description="taps of the convolutions on q, k and v; 0 = none; published: 4")
     activation: Literal["none", "silu"] = Field("silu", description="on q and k, before their length is set to 1")
     rope: bool = Field(False, description="apply the teacher's RoPE to q and k, after the activation")
-    half_life: tuple[float, float] = Field((16.0, 512.0), description="tokens; key heads start spread between the two")
+    half_life: HalfLife = Field((16.0, 512.0), description="tokens; key heads start spread between the two")
     norm: Literal["none", "rms"] = Field("none", description="of outputs: a scale per head, or RMSNorm (published)")
     gate: bool = Field(True, description="output gate silu(x W + b) per channel; starts open")
 
@@ -49,13 +47,6 @@ class GdnConfig(MixerConfig):
         if conv == 1:
             raise ValueError("a convolution of 1 tap sees no earlier token; use 0 for none, or 2 and more")
         return conv
-
-    @field_validator("half_life")
-    @classmethod
-    def _ordered(cls, half_life: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < half_life[0] <= half_life[1] < math.inf:
-            raise ValueError(f"{list(half_life)} must be two positive numbers, the smaller one first")
-        return half_life
 
 
 class _Tails(NamedTuple):
@@ -124,7 +115,8 @@ class Gdn(StudentMixer):
                 if taps is not None:
                     taps.zero_()[..., 0] = 1.0
             self.decay.weight.zero_()
-            self.decay.bias.copy_(_decay_bias(self.shapes.key_heads, *self.config.half_life))
+            rate_G = torch.tensor(rates(self.shapes.key_heads, self.config.half_life), dtype=torch.float64)
+            self.decay.bias.copy_(rate_G.expm1().log())  # the inverse of softplus
             self.decay_log_rate_G.zero_()
             self.beta.weight.zero_()
             self.beta.bias.fill_(math.log(START_BETA / (1 - START_BETA)))
@@ -216,10 +208,3 @@ class Gdn(StudentMixer):
 
     def readings(self, heads: HeadInputs) -> Readings:
         return Readings(log_gate=self._log_decay(heads))
-
-
-def _decay_bias(groups: int, first: float, last: float) -> Tensor:
-    """dt_bias [G] with softplus(dt_bias) = log(2) / half-life; half-lives spread evenly in the log."""
-    middle = (math.log(first) + math.log(last)) / 2
-    life = torch.linspace(math.log(first), math.log(last), groups) if groups > 1 else torch.tensor([middle])
-    return (math.log(2) / life.double().exp()).expm1().log().float()

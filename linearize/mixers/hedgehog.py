@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
-from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+from linearize.mixers.feature_maps import HedgehogMap, Normalisation, feature_rows
 from linearize_kernels import LinearState, linear_attention
 
 
@@ -68,11 +68,4 @@ class Hedgehog(StudentMixer):
         return self.query_map(q_BTHK, "query"), k_BTHF
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
-        q_BTHF, k_BTHF = self.features(heads)
-
-        def rows(start: int, stop: int) -> Tensor:
-            score_BHRT = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)
-            score_BHRT = score_BHRT.masked_fill(~heads.seen(start, stop), 0)
-            return score_BHRT / score_BHRT.sum(-1, keepdim=True).clamp_min(torch.finfo(score_BHRT.dtype).tiny)
-
-        return rows
+        return feature_rows(heads, *self.features(heads))

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
-from linearize.mixers.feature_maps import MIN_FEATURE
+from linearize.mixers.feature_maps import MIN_FEATURE, normalised
 from linearize.mixers.local import (
     LOCAL_TENSORS,
     Local,
@@ -23,7 +23,6 @@ from linearize.mixers.local import (
     divide,
     local_state,
     local_state_bytes,
-    normalised,
 )
 from linearize.mixers.timeline import begin
 from linearize_kernels import LinearState, linear_sums

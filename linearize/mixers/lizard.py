@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
-from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+from linearize.mixers.feature_maps import HedgehogMap, Normalisation, normalised
+from linearize.mixers.gates import HalfLife, rates
 from linearize.mixers.local import (
     LOCAL_TENSORS,
     BranchSums,
@@ -26,7 +27,6 @@ from linearize.mixers.local import (
     divide,
     local_state,
     local_state_bytes,
-    normalised,
 )
 from linearize.mixers.timeline import PutBack, begin
 from linearize_kernels import LinearState, linear_sums
@@ -43,7 +43,7 @@ class LizardConfig(MixerConfig):
     features: int | None = Field(None, ge=1, le=512, description="features per sign; default: the key width")
     normalisation: Normalisation = Field("softmax", description="exp (the paper's text) | softmax (its Table 13)")
     gate: Literal["token", "head"] = Field("token", description="one decay per token, or one per token and head")
-    half_life: tuple[float, float] | None = Field(
+    half_life: HalfLife | None = Field(
         None, description="tokens; heads start spread between the two. Default: gate 0.5 if published, else 256"
     )
     mix: float | None = Field(None, gt=0, description="start of the learned mix; default 1 if published, else 0.1")
@@ -52,8 +52,6 @@ class LizardConfig(MixerConfig):
     def _agree(self) -> "LizardConfig":
         if self.published and self.sinks:
             raise ValueError("published has no sinks; leave out sinks, or published")
-        if self.half_life is not None and not 0 < self.half_life[0] <= self.half_life[1]:
-            raise ValueError(f"half_life {list(self.half_life)} must be two positive numbers, the smaller one first")
         return self
 
 
@@ -87,9 +85,10 @@ class Lizard(StudentMixer):
         self.query_map.reset_parameters()
         self.key_map.reset_parameters()
         nn.init.zeros_(self.gate.weight)
-        first, last = config.half_life or ((1.0, 1.0) if config.published else (256.0, 256.0))
+        half_life = config.half_life or ((1.0, 1.0) if config.published else (256.0, 256.0))
+        rate_J = torch.tensor(rates(self.gate.out_features, half_life), dtype=torch.float64)
         with torch.no_grad():
-            self.gate.bias.copy_(gate_bias(self.gate.out_features, first, last))
+            self.gate.bias.copy_(-rate_J.expm1().log())  # sigmoid of it is exp(-rate)
         mix = config.mix or (1.0 if config.published else 0.1)
         nn.init.constant_(self.mix_H, mix if config.published else math.log(mix))
         if self.meta_HM is not None:
@@ -180,11 +179,3 @@ class Lizard(StudentMixer):
     def readings(self, heads: HeadInputs) -> Readings:
         put_back, sums = self._sums(heads, None)
         return Readings(self._log_gate(heads), put_back(sums.far_share()))
-
-
-def gate_bias(gates: int, first: float, last: float) -> Tensor:
-    """b [gates] with sigmoid(b) = 0.5^(1 / half-life); half-lives spread evenly in the log from first to last."""
-    low, high = math.log(first), math.log(last)
-    logs = [low + (high - low) * n / (gates - 1) for n in range(gates)] if gates > 1 else [(low + high) / 2]
-    keeps = [0.5 ** math.exp(-log) for log in logs]
-    return torch.tensor([math.log(keep / (1 - keep)) for keep in keeps])

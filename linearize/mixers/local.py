@@ -165,11 +165,6 @@ def divide(num_BTHV: Tensor, den_BTH: Tensor) -> Tensor:
     return num_BTHV / den_BTH.where(den_BTH > SMALLEST, 1).unsqueeze(-1)
 
 
-def normalised(weight_BHRT: Tensor) -> Tensor:
-    """Rows that sum to 1."""
-    return weight_BHRT / weight_BHRT.sum(-1, keepdim=True).clamp_min(torch.finfo(weight_BHRT.dtype).tiny)
-
-
 def decayed_rows(q_BTHF: Tensor, k_BTHF: Tensor, log_gate_BTHF: Tensor, start: int, stop: int) -> Tensor:
     """sum_f q_if k_jf exp(sum of the log gates after j up to i) of rows start..stop, [B, H, R, T]; not causal.
 

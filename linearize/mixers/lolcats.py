@@ -12,7 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
-from linearize.mixers.feature_maps import HedgehogMap, Normalisation
+from linearize.mixers.feature_maps import HedgehogMap, Normalisation, normalised
 from linearize.mixers.local import (
     LOCAL_TENSORS,
     BranchSums,
@@ -22,7 +22,6 @@ from linearize.mixers.local import (
     divide,
     local_state,
     local_state_bytes,
-    normalised,
 )
 from linearize.mixers.timeline import PutBack, begin
 from linearize_kernels import LinearState, linear_sums

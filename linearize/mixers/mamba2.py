@@ -13,17 +13,15 @@ from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
-from linearize.mixers.t2r import map_heads
+from linearize.mixers.feature_maps import map_heads
+from linearize.mixers.gates import OPEN_GATE, HalfLife, rates
 from linearize.mixers.timeline import Timeline, begin, tail_of
 from linearize_kernels import causal_conv
 from linearize_kernels.ssd import ssd
-
-OPEN_GATE = 1.2784645427610738
-"""silu of it is 1: the output gate starts by changing nothing."""
 
 EPSILON = 1e-5
 """Added to the mean square under a norm's root: the value of the authors' codes."""
@@ -75,14 +73,7 @@ class Mamba2Config(MixerConfig):
     scores: Literal["dot", "cosine"] = Field(
         "dot", description="mimic: q.k as the teacher scales it, or their cosine plus a learned constant per head"
     )
-    half_life: tuple[float, float] = Field(HALF_LIFE, description="mimic: tokens; heads start spread between the two")
-
-    @field_validator("half_life")
-    @classmethod
-    def _ordered(cls, half_life: tuple[float, float]) -> tuple[float, float]:
-        if not 0 < half_life[0] <= half_life[1] < math.inf:
-            raise ValueError(f"{list(half_life)} must be two positive numbers, the smaller one first")
-        return half_life
+    half_life: HalfLife = Field(HALF_LIFE, description="mimic: tokens; heads start spread between the two")
 
     @model_validator(mode="after")
     def _agree(self) -> "Mamba2Config":
@@ -208,10 +199,7 @@ class Mamba2(StudentMixer):
         if self.log_rate_H is None:
             return
         if self.config.variant == "mimic" and not random:
-            first, last = (math.log(life) for life in self.config.half_life)
-            middle = torch.tensor([(first + last) / 2])
-            life_H = (torch.linspace(first, last, heads) if heads > 1 else middle).double().exp()
-            dt_H = math.log(2) / life_H
+            dt_H = torch.tensor(rates(heads, self.config.half_life), dtype=torch.float64)
         else:
             dt_H = torch.empty(heads).uniform_(*map(math.log, DT_RANGE)).double().exp()
         self.dt.bias.copy_(dt_H.expm1().log())  # the inverse of softplus

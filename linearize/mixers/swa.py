@@ -12,7 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
-from linearize.mixers.local import Local, LocalRows, attend, divide, local_state, local_state_bytes, normalised
+from linearize.mixers.feature_maps import normalised
+from linearize.mixers.local import Local, LocalRows, attend, divide, local_state, local_state_bytes
 from linearize.mixers.timeline import begin
 
 

@@ -12,8 +12,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
-from linearize.mixers.feature_maps import MIN_FEATURE
-from linearize.mixers.local import normalised
+from linearize.mixers.feature_maps import MIN_FEATURE, feature_rows, map_heads
 from linearize_kernels import LinearState, linear_attention
 
 
@@ -80,27 +79,3 @@ class T2r(StudentMixer):
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
         return feature_rows(heads, *self._features(heads))
-
-
-def map_heads(x_BTGK: Tensor, weight_HKF: Tensor, bias_HF: Tensor | None = None) -> Tensor:
-    """u [B, T, H, F] = x W + b in fp32 (fp64 for fp64 weights); input head g feeds maps g * H / G and on.
-
-    Input heads are not repeated in memory.
-    """
-    maps, width, features = weight_HKF.shape
-    batch, length, groups, _ = x_BTGK.shape
-    dtype = torch.promote_types(weight_HKF.dtype, torch.float32)
-    weight_GKN = weight_HKF.to(dtype).view(groups, maps // groups, width, features).transpose(1, 2).flatten(2)
-    x_GLK = x_BTGK.to(dtype).flatten(0, 1).transpose(0, 1)
-    u_BTHF = (x_GLK @ weight_GKN).transpose(0, 1).reshape(batch, length, maps, features)
-    return u_BTHF if bias_HF is None else u_BTHF + bias_HF.to(dtype)
-
-
-def feature_rows(heads: HeadInputs, q_BTHF: Tensor, k_BTHF: Tensor) -> RowWeights:
-    """`StudentMixer.row_weights` of normalised linear attention with these features."""
-
-    def rows(start: int, stop: int) -> Tensor:
-        score_BHRT = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)
-        return normalised(score_BHRT.masked_fill(~heads.seen(start, stop), 0))
-
-    return rows

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linearize.errors import RecipeError
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
-from linearize.mixers.t2r import feature_rows, map_heads
+from linearize.mixers.feature_maps import feature_rows, map_heads
 from linearize_kernels import LinearState, linear_attention
 
 MAX_LENGTH = 16.0
