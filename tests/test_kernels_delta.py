@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize.errors import RecipeError
 from linearize.mixers.base import HeadInputs, HeadShapes
@@ -26,6 +25,7 @@ from linearize.mixers.taylor import MAX_LENGTH, Taylor, TaylorConfig, taylor_fea
 from linearize_kernels.gated_delta_rule import gated_delta_rule
 from linearize_kernels.gated_delta_rule.chunk import chunk_gated_delta_rule
 from linearize_kernels.gated_delta_rule.naive import naive_gated_delta_rule
+from tests.rulers import Largest, both_close, close, cut, segments
 
 HEADS = {"equal": (3, 3), "gqa3": (6, 2), "gqa4": (4, 1)}  # H, J
 LENGTHS = [1, 63, 64, 65, 130, 1000]
@@ -46,25 +46,6 @@ def inputs(length: int, heads: str = "gqa3", dtype: torch.dtype = torch.float64,
     log_decay = -0.17 * draw(state_heads).sigmoid() ** 4
     tensors = [draw(query_heads, KEY), k, draw(state_heads, VALUE), log_decay, draw(state_heads).sigmoid()]
     return [tensor.to(dtype) for tensor in tensors]
-
-
-def segments(length: int) -> Tensor:
-    """Row 0: documents of 1, 2, 27, 33, 1 and more tokens: several ends in one chunk, one on its end. Row 1: one."""
-    first = torch.bucketize(torch.arange(length), torch.tensor([1, 3, 30, 63, 64, 130, 140]), right=True)
-    return torch.stack([first, torch.zeros_like(first)])
-
-
-def cut(tensors: list[Tensor], where: slice | Tensor, rows: slice = slice(None)) -> list[Tensor]:
-    return [tensor[rows][:, where] for tensor in tensors]
-
-
-def close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
-
-
-def both_close(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], tolerance: float = 1e-10) -> None:
-    close(left[0], right[0], tolerance)
-    close(left[1], right[1], tolerance)
 
 
 def test_naive_is_the_definition() -> None:
@@ -250,19 +231,6 @@ def test_error_is_at_most_twice_that_of_eager_torch(heads: str, dtype: torch.dty
         assert torch.isfinite(found).all()
         error, allowed = ((tensor.double() - wanted).abs().max() for tensor in (found, reference))
         assert error <= 2 * allowed + 1e-5 + 1e-6 * wanted.abs().max()  # gradients are as large as 60
-
-
-class Largest(TorchDispatchMode):
-    """The number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(tensor, Tensor):
-                self.elements = max(self.elements, tensor.numel())
-        return out
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -21,6 +21,7 @@ from linearize.mixers.timeline import begin
 from linearize_kernels.ssd import ssd
 from linearize_kernels.ssd.chunk import chunk_ssd
 from linearize_kernels.ssd.naive import naive_ssd
+from tests.rulers import both_close, close, cut, segments
 
 HEADS = {"equal": (3, 3), "gqa3": (6, 2), "gqa4": (4, 1)}  # H, G
 LENGTHS = [1, 63, 64, 65, 130, 1000]
@@ -37,25 +38,6 @@ def inputs(length: int, heads: str = "gqa3", dtype: torch.dtype = torch.float64,
 
     tensors = [draw(query_heads, KEY), draw(groups, KEY), draw(groups, VALUE)]
     return [tensor.to(dtype) for tensor in (*tensors, -0.2 * draw(query_heads).exp(), draw(query_heads).exp())]
-
-
-def segments(length: int) -> Tensor:
-    """Row 0: documents of 1, 2, 27, 33, 1 and more tokens: several ends in one chunk, one on its end. Row 1: one."""
-    first = torch.bucketize(torch.arange(length), torch.tensor([1, 3, 30, 63, 64, 130, 140]), right=True)
-    return torch.stack([first, torch.zeros_like(first)])
-
-
-def cut(tensors: list[Tensor], where: slice | Tensor, rows: slice = slice(None)) -> list[Tensor]:
-    return [tensor[rows][:, where] for tensor in tensors]
-
-
-def close(left: Tensor, right: Tensor, tolerance: float = 1e-10) -> None:
-    torch.testing.assert_close(left, right, rtol=tolerance, atol=tolerance)
-
-
-def both_close(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor], tolerance: float = 1e-10) -> None:
-    close(left[0], right[0], tolerance)
-    close(left[1], right[1], tolerance)
 
 
 def test_naive_is_the_quadratic_form() -> None:
