@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import subprocess
 import sys
 import time
@@ -186,7 +185,10 @@ def train_rows(options: argparse.Namespace) -> int:
     def start(name: str) -> int:
         command = [sys.executable, __file__, "train", *sys.argv[2:], "--only", name]
         with (out / f"{name}.log").open("w") as log:
-            code = subprocess.run(command, stdout=log, stderr=log, check=False, env=os.environ).returncode
+            code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
+            if code and "--compile" in command:  # where the compiler fails, the row goes on without it
+                command.remove("--compile")
+                code = subprocess.run(command, stdout=log, stderr=log, check=False).returncode
         print(f"{datetime.now(UTC):%H:%M:%S} {name}: {'done' if code == 0 else f'failed, see {name}.log'}", flush=True)
         return int(code != 0)
 
