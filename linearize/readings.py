@@ -45,7 +45,7 @@ class LayerReading:
             heads that the student sees, relative to the largest value: how well layout, biases, norms and RoPE of the
             heads are understood.
         log_gate: of the log decay per token; None without a gate.
-        linear_share: of the linear branch's share; None without a second branch.
+        linear_share: of the linear branch's share, where it has keys; None without any.
     """
 
     layer: int
@@ -111,10 +111,10 @@ def _read(
 
 
 def _quantiles(entries: Tensor | None) -> Quantiles | None:
-    """By rank: torch.quantile refuses more than 16M entries."""
-    if entries is None:
+    """By rank, without NaN; None where nothing is left. torch.quantile refuses more than 16M entries."""
+    if entries is None or entries.isnan().all():
         return None
-    ordered = entries.float().flatten().sort().values
+    ordered = entries[~entries.isnan()].float().sort().values
     last = ordered.numel() - 1
     return Quantiles(*(float(ordered[round(last * share)]) for share in (0.01, 0.5, 0.99)))
 

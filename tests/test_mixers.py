@@ -329,6 +329,24 @@ def test_first_tokens_of_packed_documents() -> None:
 
 
 @every_mixer
+@pytest.mark.parametrize("key_heads", [4, 1])
+def test_readings_are_log_decays_and_shares(case: str, key_heads: int) -> None:
+    mixer, heads = mixer_of(case, key_heads), heads_of(200, key_heads)
+    found = mixer.readings(heads)
+    if found.log_gate is not None:
+        assert found.log_gate.shape[:2] == (2, 200)
+        assert (found.log_gate <= 0).all()
+    if found.linear_share_BTH is not None:
+        known = found.linear_share_BTH[~found.linear_share_BTH.isnan()]
+        assert found.linear_share_BTH.shape == (2, 200, HEADS)
+        assert ((known >= 0) & (known <= 1)).all()
+        mixer.linear_branch = False
+        silent = mixer.readings(heads).linear_share_BTH
+        assert silent is not None
+        assert not silent.nan_to_num().any()
+
+
+@every_mixer
 def test_builds_without_memory_for_the_plan(case: str) -> None:
     with torch.device("meta"):
         mixer = build_mixer(CASES[case], shapes())

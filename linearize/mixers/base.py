@@ -95,7 +95,8 @@ class Readings:
 
     Attributes:
         log_gate: log of the decay per token, [B, T, 1 or H or G] or, per channel, [B, T, H or G, F]; None = no gate.
-        linear_share_BTH: the linear branch's share of the denominator (or of the mix), 0 to 1; None = one branch only.
+        linear_share_BTH: the linear branch's share of the denominator (or of the mix), 0 to 1, NaN for queries that
+            have no keys beyond the exact branch; None = one branch only.
     """
 
     log_gate: Tensor | None = None

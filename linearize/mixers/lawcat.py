@@ -168,5 +168,6 @@ class Lawcat(StudentMixer):
         ordered, timeline, put_back = begin(heads, None)
         q_BTHF, k_BTHF, _ = self._features(ordered, timeline, None)
         far_BTH = linear_sums(q_BTHF, k_BTHF, ordered.v_BTGV, self._log_gate(ordered), None, heads.segments_BT)[1]
+        far_BTH = far_BTH * float(self.linear_branch)
         near_BTH = self.window_factor_H.sigmoid() * attend(ordered, timeline, self.local, None).sums.den_BTH
         return Readings(log_gate, put_back(far_BTH / (far_BTH + near_BTH + EPSILON)))

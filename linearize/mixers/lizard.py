@@ -27,6 +27,7 @@ from linearize.mixers.local import (
     divide,
     local_state,
     local_state_bytes,
+    where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
 from linearize_kernels import LinearState, linear_sums
@@ -178,4 +179,7 @@ class Lizard(StudentMixer):
 
     def readings(self, heads: HeadInputs) -> Readings:
         put_back, sums = self._sums(heads, None)
-        return Readings(self._log_gate(heads), put_back(sums.far_share()))
+        share_BTH = put_back(sums.far_share()) * float(self.linear_branch)
+        if not self.config.published:
+            share_BTH = where_far(share_BTH, heads, self.local)
+        return Readings(self._log_gate(heads), share_BTH)

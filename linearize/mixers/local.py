@@ -160,6 +160,12 @@ class LocalRows:
         return (score - top).exp(), top
 
 
+def where_far(share_BTH: Tensor, heads: HeadInputs, local: Local) -> Tensor:
+    """NaN for queries all of whose keys are attended to exactly; whole sequences."""
+    near_BT = positions(heads) < local.window + local.sinks
+    return share_BTH.masked_fill(near_BT.unsqueeze(-1), float("nan"))
+
+
 def divide(num_BTHV: Tensor, den_BTH: Tensor) -> Tensor:
     """num / den, and 0 where nothing was seen. Denominators below SMALLEST count as nothing: gradients stay finite."""
     return num_BTHV / den_BTH.where(den_BTH > SMALLEST, 1).unsqueeze(-1)

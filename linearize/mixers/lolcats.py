@@ -22,6 +22,7 @@ from linearize.mixers.local import (
     divide,
     local_state,
     local_state_bytes,
+    where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
 from linearize_kernels import LinearState, linear_sums
@@ -118,4 +119,4 @@ class Lolcats(StudentMixer):
 
     def readings(self, heads: HeadInputs) -> Readings:
         put_back, sums = self._sums(heads, None)
-        return Readings(linear_share_BTH=put_back(sums.far_share()))
+        return Readings(linear_share_BTH=where_far(put_back(sums.far_share()), heads, self.local))
