@@ -1,12 +1,11 @@
 """The table of docs/results.md: every recipe trained on one text and measured on another, at several lengths.
 
     python scripts/results.py train --model teacher.gguf --data train.parquet --heldout heldout.parquet --out runs
-    python scripts/results.py speed --model teacher.gguf --out runs
-    python scripts/results.py table --out runs > docs/results.md
+    python scripts/results.py table --out runs  # the tables of docs/results.md
 
 `train` works row by row, each in a process of its own and `--jobs` of them side by side, and writes one JSON file a
-row. Rows that are there already are left alone, and half-trained ones go on. `speed` measures training speed as
-`linearize plan` does, with the machine for itself. `table` reads the JSON files.
+row. Rows that are there already are left alone, and half-trained ones go on. Training speeds are those of the
+run, so they hold for that many jobs on one GPU. `table` reads the JSON files.
 """
 
 from __future__ import annotations
@@ -35,7 +34,6 @@ from linearize.evals.perplexity import perplexity
 from linearize.export import load_student
 from linearize.machine import choose_machine, versions
 from linearize.pipeline import Conversion, convert
-from linearize.planning import plan_conversion
 from linearize.recipe import Recipe, load_recipe
 from linearize.teacher import load_teacher
 
@@ -43,6 +41,11 @@ TEACHER = "teacher"
 LENGTHS = (1024, 2048, 4096, 8192)
 MEASURED_TOKENS = 32_768
 """Held-out tokens read per source and length."""
+
+TABLE_NOTE = (
+    "Over all held-out sources: exp of the mean difference of log-likelihoods. Tokens per second are those of training "
+    "with other rows beside it on the GPU. State: the decoding state of one sequence, all layers, whatever its length."
+)
 
 TOKENS_AT_ONCE = 16_384
 
@@ -165,17 +168,6 @@ def measure(model: PreTrainedModel, heldout: dict[str, np.ndarray]) -> dict[str,
     return found
 
 
-def time_rows(options: argparse.Namespace) -> None:
-    """Training tokens per second of each stage, as `linearize plan` measures them, nothing else on the machine."""
-    machine = choose_machine(None, "auto")
-    speeds: dict[str, Any] = {"device": machine.name, "date": f"{datetime.now(UTC):%Y-%m-%d}", "versions": versions()}
-    for name in options.row or ROWS:
-        plan = plan_conversion(options.model, load_recipe(ROWS[name].recipe, ROWS[name].overrides))
-        speeds[name] = [{"name": cost.name, "tokens_per_second": cost.tokens_per_second} for cost in plan.stages]
-        print(name, speeds[name], flush=True)
-        (Path(options.out) / "speed.json").write_text(json.dumps(speeds, indent=1))
-
-
 def train_rows(options: argparse.Namespace) -> int:
     """Start a process for each missing row, `jobs` at a time; the number of rows that failed."""
     out = Path(options.out)
@@ -201,24 +193,20 @@ def write_table(options: argparse.Namespace) -> None:
     out = Path(options.out)
     names = [name for name in ROWS if (out / f"{name}.json").is_file()]
     records = {name: json.loads((out / f"{name}.json").read_text()) for name in [TEACHER, *names]}
-    speed_file = out / "speed.json"
-    speeds = json.loads(speed_file.read_text()) if speed_file.is_file() else {}
     teacher = records[TEACHER]
-    lines = [_heading(records, speeds), "", "## Perplexity of the student / perplexity of the teacher", ""]
-    lines += ["Over all held-out sources: exp of the mean difference of log-likelihoods.", ""]
+    lines = [_heading(records), "", "### Perplexity of the student / perplexity of the teacher", ""]
+    lines += [TABLE_NOTE, ""]
     lines += ["| row | 1K | 2K | 4K | 8K | transfer tokens/s | distil tokens/s | state |", "|---|" + "---|" * 7]
     for name in names:
         record = records[name]
-        rates = {stage["name"]: stage["tokens_per_second"] for stage in speeds.get(name, [])}
-        cells = [f"{rates[stage]:,.0f}" if stage in rates else "" for stage in ("transfer", "distil")]
+        cells = [_rate(record["stages"], kind) for kind in ("transfer", "distil")]
         state = f"{record['state_bytes'] / 1e6:.2f} MB"
-        kept = "" if record["keep_softmax"] == "none" else f" + softmax in {record['keep_softmax']}"
-        lines.append(_line(f"{name}{kept}", _ratios(record["nll"], teacher["nll"]), [*cells, state]))
+        lines.append(_line(name + _kept(record), _ratios(record["nll"], teacher["nll"]), [*cells, state]))
         if "nll_without_linear" in record:
             ratios = _ratios(record["nll_without_linear"], teacher["nll"])
             lines.append(_line(f"{name}, linear branch off", ratios, ["", "", ""]))
     for source in teacher["nll"]:
-        lines += ["", f"## {source}", "", "| row | 1K | 2K | 4K | 8K |", "|---|" + "---|" * 4]
+        lines += ["", f"### {source}", "", "| row | 1K | 2K | 4K | 8K |", "|---|" + "---|" * 4]
         absolute = [f"{math.exp(teacher['nll'][source][str(length)]):.2f}" for length in LENGTHS]
         lines.append(f"| teacher's perplexity | {' | '.join(absolute)} |")
         for name in names:
@@ -226,13 +214,27 @@ def write_table(options: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-def _heading(records: dict[str, Any], speeds: dict[str, Any]) -> str:
+def _heading(records: dict[str, Any]) -> str:
     some = next(record for name, record in records.items() if name != TEACHER)
     packages = ", ".join(f"{name} {version}" for name, version in some["versions"].items())
     return (
-        f"# Results\n\n{some['device']}, {some['date']}, {packages}. Made by `scripts/results.py`. An example of the "
+        f"## Tables\n\n{some['device']}, {some['date']}, {packages}. Made by `scripts/results.py`. An example of the "
         f"commands it runs:\n\n    {some['command']}"
     )
+
+
+def _kept(record: dict[str, Any]) -> str:
+    kept = record["keep_softmax"]
+    if kept == "none":
+        return ""
+    return f" (every {kept['every']}nd layer softmax)" if kept == {"every": 2} else f" (softmax kept: {kept})"
+
+
+def _rate(stages: list[dict[str, Any]], kind: str) -> str:
+    """Tokens per second over all stages of this kind."""
+    chosen = [stage for stage in stages if stage["name"] == kind]
+    seconds = sum(stage["seconds"] for stage in chosen)
+    return f"{sum(stage['tokens'] for stage in chosen) / seconds:,.0f}" if chosen else ""
 
 
 def _ratios(student: dict[str, Any], teacher: dict[str, Any], source: str | None = None) -> list[float]:
@@ -248,9 +250,9 @@ def _line(name: str, ratios: list[float], others: list[str]) -> str:
 
 
 def main() -> int:
-    """Run one of the three commands; the exit status."""
+    """Run one of the two commands; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["train", "speed", "table"])
+    parser.add_argument("command", choices=["train", "table"])
     parser.add_argument("--model", help="the teacher")
     parser.add_argument("--data", help="training text")
     parser.add_argument("--heldout", help="text to measure on")
@@ -264,9 +266,6 @@ def main() -> int:
     options = parser.parse_args()
     if options.command == "table":
         write_table(options)
-        return 0
-    if options.command == "speed":
-        time_rows(options)
         return 0
     if options.only:
         train_row(options.only, options)
