@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from linearize_kernels import LinearState, linear_attention, linear_sums
-from linearize_kernels.linear_attention import MIN_LOG_GATE
-from linearize_kernels.linear_attention.chunk import chunk_linear_sums
-from linearize_kernels.linear_attention.naive import naive_linear_attention, naive_linear_sums
+from linearize_kernels.gated_linear_attention import MIN_LOG_GATE
+from linearize_kernels.gated_linear_attention.chunk import chunk_linear_sums
+from linearize_kernels.gated_linear_attention.naive import naive_linear_attention, naive_linear_sums
 from tests.rulers import Largest, close
 
 HEADS = {  # H, J, G

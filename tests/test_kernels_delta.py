@@ -22,9 +22,9 @@ from linearize.mixers.feature_maps import MIN_FEATURE
 from linearize.mixers.gdn import EPSILON, Gdn, GdnConfig
 from linearize.mixers.t2r import T2r, T2rConfig
 from linearize.mixers.taylor import MAX_LENGTH, Taylor, TaylorConfig, taylor_features
-from linearize_kernels.gated_delta_rule import gated_delta_rule
-from linearize_kernels.gated_delta_rule.chunk import chunk_gated_delta_rule
-from linearize_kernels.gated_delta_rule.naive import naive_gated_delta_rule
+from linearize_kernels.gated_delta import gated_delta_rule
+from linearize_kernels.gated_delta.chunk import chunk_gated_delta_rule
+from linearize_kernels.gated_delta.naive import naive_gated_delta_rule
 from tests.rulers import Largest, both_close, close, cut, segments
 
 HEADS = {"equal": (3, 3), "gqa3": (6, 2), "gqa4": (4, 1)}  # H, J

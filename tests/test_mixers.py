@@ -34,7 +34,7 @@ from linearize.mixers.swa import SwaConfig
 from linearize.mixers.t2r import T2rConfig
 from linearize.mixers.taylor import TaylorConfig
 from linearize.mixers.timeline import first_tokens
-from linearize_kernels.linear_attention.naive import naive_linear_attention
+from linearize_kernels.gated_linear_attention.naive import naive_linear_attention
 
 CASES: dict[str, MixerConfig] = {name: entry.config() for name, entry in MIXERS.items()} | {
     "hedgehog-exp": HedgehogConfig(normalisation="exp"),

@@ -21,7 +21,7 @@ from linearize.mixers.feature_maps import map_heads
 from linearize.mixers.gates import OPEN_GATE, HalfLife, rates
 from linearize.mixers.timeline import Timeline, begin, tail_of
 from linearize_kernels import causal_conv
-from linearize_kernels.gated_delta_rule import gated_delta_rule
+from linearize_kernels.gated_delta import gated_delta_rule
 
 START_BETA = 0.25
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerState
 from linearize.mixers.timeline import Timeline, find_sinks, positions, tail_of
 from linearize_kernels import Sinks, WindowSums, window_sums
-from linearize_kernels.linear_attention import MIN_LOG_GATE
+from linearize_kernels.gated_linear_attention import MIN_LOG_GATE
 
 SMALLEST = 1e-30
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from linearize_kernels.linear_attention.chunk import LinearState, chunk_linear_sums
-from linearize_kernels.linear_attention.step import step_linear_sums
+from linearize_kernels.gated_linear_attention.chunk import LinearState, chunk_linear_sums
+from linearize_kernels.gated_linear_attention.step import step_linear_sums
 
 __all__ = ["MIN_LOG_GATE", "LinearState", "linear_attention", "linear_sums"]
 

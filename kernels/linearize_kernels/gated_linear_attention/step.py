@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from linearize_kernels.linear_attention.chunk import LinearState
+from linearize_kernels.gated_linear_attention.chunk import LinearState
 
 
 def step_linear_sums(

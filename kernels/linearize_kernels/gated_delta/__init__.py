@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linearize_kernels.gated_delta_rule.chunk import chunk_gated_delta_rule
-from linearize_kernels.gated_delta_rule.step import step_gated_delta_rule
+from linearize_kernels.gated_delta.chunk import chunk_gated_delta_rule
+from linearize_kernels.gated_delta.step import step_gated_delta_rule
 
 __all__ = ["gated_delta_rule"]
 

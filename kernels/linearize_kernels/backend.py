@@ -1,0 +1,66 @@
+"""Which implementation of an operation runs: the one place that decides.
+
+Triton on CUDA devices, torch everywhere else. `LINEARIZE_BACKEND` = triton or torch forces one. What was chosen for an
+operation, and why, is logged once (logger "linearize_kernels").
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+VARIABLE = "LINEARIZE_BACKEND"
+DTYPES = (torch.float32, torch.bfloat16)
+MAX_WIDTH = 256
+"""Of a head, of its values and of its features: a state of more does not fit the registers of one program."""
+
+_log = logging.getLogger("linearize_kernels")
+
+
+def uses_triton(operation: str, tensor: Tensor, *widths: int) -> bool:
+    """Whether `operation` runs in Triton on tensors like this one.
+
+    Args:
+        operation: its name, for the log.
+        tensor: one of its inputs; device and dtype decide.
+        widths: head widths and feature counts.
+
+    Raises:
+        ValueError: where LINEARIZE_BACKEND is unknown, or asks for Triton where it cannot run.
+    """
+    forced = os.environ.get(VARIABLE, "auto")
+    if forced not in ("auto", "triton", "torch"):
+        raise ValueError(f"{VARIABLE}={forced} is unknown; use triton, torch or auto")
+    if forced == "torch":
+        return _say(operation, False, f"{VARIABLE}=torch")
+    obstacle = _obstacle(tensor.device.type, tensor.dtype, max(widths, default=0))
+    if forced == "triton":
+        if obstacle:
+            raise ValueError(f"{VARIABLE}=triton, but {operation} cannot run there: {obstacle}; use torch or auto")
+        return _say(operation, True, f"{VARIABLE}=triton")
+    return _say(operation, not obstacle, obstacle or f"{tensor.device.type}, {tensor.dtype}")
+
+
+@cache
+def _obstacle(device: str, dtype: torch.dtype, width: int) -> str:
+    """Why Triton cannot run it; empty where it can."""
+    if find_spec("triton") is None:
+        return "triton is not installed"
+    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"the tensors are on {device}"
+    if dtype not in DTYPES:
+        return f"the kernels are written for float32 and bfloat16, not for {dtype}"
+    if width > MAX_WIDTH:
+        return f"heads or features of {width}; the kernels hold at most {MAX_WIDTH}"
+    return ""
+
+
+@cache
+def _say(operation: str, triton: bool, why: str) -> bool:
+    _log.info("%s runs in %s (%s)", operation, "Triton" if triton else "torch", why)
+    return triton

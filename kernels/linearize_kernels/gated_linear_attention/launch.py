@@ -1,0 +1,293 @@
+"""The Triton kernels of triton.py as two torch.library operations, forward and backward.
+
+Shape legend in __init__.py; N splits. All state here is per query head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.configs import launch
+from linearize_kernels.gated_linear_attention import triton as kernels
+
+SPLIT_UNIT = 128
+"""Splits are multiples of so many tokens, a multiple of every chunk."""
+
+MIN_SPLIT, MAX_SPLITS, PROGRAMS = 256, 16, 512
+"""Tokens of a split at least, splits of a row at most, and programs that a launch aims for."""
+
+
+def split_tokens(rows: int, length: int) -> int:
+    """Tokens of a split, for `rows` = B * H rows: enough programs, none too short."""
+    splits = max(1, min(MAX_SPLITS, -(-PROGRAMS // rows), length // MIN_SPLIT))
+    tokens = -(-length // splits)
+    return -(-tokens // SPLIT_UNIT) * SPLIT_UNIT
+
+
+def power(size: int) -> int:
+    """What a tile of `size` columns is padded to."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+@dataclass
+class _Inputs:
+    """The tensors of one call and what follows from their shapes."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    gate: Tensor | None
+    mask: Tensor | None
+    segments: Tensor | None
+    query_weight: Tensor | None
+    key_weight: Tensor | None
+    query_bias: Tensor | None
+    key_bias: Tensor | None
+    feature_map: str
+    normalised: bool
+
+    def __post_init__(self) -> None:
+        self.batch, self.length, self.heads, self.width = self.q.shape
+        self.values = self.v.shape[-1]
+        self.features = self.width if self.query_weight is None else self.query_weight.shape[-1]
+        self.signs = 1 if self.query_weight is None else 2
+        self.gate_kind = "none" if self.gate is None else "head" if self.gate.ndim == 3 else "feature"
+        self.tokens = split_tokens(self.batch * self.heads, self.length)
+        self.splits = -(-self.length // self.tokens)
+        self.carry_width = power(self.features) if self.gate_kind == "feature" else 1
+        self.q_strides, self.k_strides = self.q.stride()[:3], self.k.stride()[:3]
+        self.strides = (*self.q_strides, *self.k_strides, *self.v.stride()[:3])
+        self.sizes: dict[str, Any] = {
+            "H": self.heads,
+            "GH": self.heads if self.gate is None else self.gate.shape[2],
+            "width": self.width,
+            "features": self.features,
+            "values": self.values,
+            "K": power(self.width),
+            "F": power(self.features),
+            "V": power(self.values),
+            "E": self.carry_width,
+            "MAP": self.feature_map,
+            "GATE": self.gate_kind,
+            "PACKED": self.segments is not None,
+            "BIAS": self.query_bias is not None,
+            "SIGNS": self.signs,
+            "PRECISION": "tf32" if self.v.dtype == torch.bfloat16 else "tf32x3",
+        }
+        self.key_sizes = {"KH": self.k.shape[2], "VH": self.v.shape[2], "MASKED": self.mask is not None}
+
+    def config(self, kernel: str) -> tuple[int, dict[str, Any]]:
+        """Chunks of a split, and the launch arguments of a kernel."""
+        widest = max(self.sizes["K"], self.sizes["F"], self.sizes["V"])
+        chunk, warps, stages = launch(kernel, self.v.dtype, widest, f"{self.feature_map} {self.gate_kind}")
+        return self.tokens // chunk, {"C": chunk, "num_warps": warps, "num_stages": stages}
+
+    def or_q(self, *tensors: Tensor | None) -> list[Tensor]:
+        """Missing tensors are never read; kernels need some address all the same."""
+        return [self.q if tensor is None else tensor for tensor in tensors]
+
+    def new_sums(self) -> tuple[Tensor, Tensor]:
+        """Memory for what the splits add, and for their carries."""
+        rows, others = self.batch * self.heads, self.splits - 1
+        sums = self.q.new_empty(rows, others, self.signs, self.values + 1, self.features, dtype=torch.float32)
+        return sums, self.q.new_empty(rows, others, self.carry_width, dtype=torch.float32)
+
+    def new_state(self) -> tuple[Tensor, Tensor]:
+        features = self.signs * self.features
+        s = self.q.new_empty(self.batch, self.heads, features, self.values, dtype=torch.float32)
+        return s, self.q.new_empty(self.batch, self.heads, features, dtype=torch.float32)
+
+    def new_outputs(self) -> tuple[Tensor, Tensor]:
+        dtype = self.v.dtype if self.normalised else torch.float32
+        shape = (self.batch, self.length, self.heads)
+        return self.q.new_empty(*shape, self.values, dtype=dtype), self.q.new_empty(shape, dtype=torch.float32)
+
+
+Optional = Tensor | None
+
+
+@torch.library.custom_op("linearize::walk", mutates_args=())
+def walk(
+    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+    query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
+    other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
+    feature_map: str, normalised: bool, epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs [B, T, H, V] and scale [B, T, H] (or numerator and denominator), end state s and z, sums and carries.
+
+    All tensors have unit stride in the last dimension; gate, mask, segments, other and states are contiguous.
+    """
+    inputs = _Inputs(
+        q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, feature_map, normalised
+    )
+    (sums, carry), (y, scale), (end_s, end_z) = inputs.new_sums(), inputs.new_outputs(), inputs.new_state()
+    rows = inputs.batch * inputs.heads
+    masks = inputs.or_q(gate, mask, segments)
+    if inputs.splits > 1:
+        chunks, config = inputs.config("add_up_splits")
+        kernels.add_up_splits[(rows, inputs.splits - 1)](
+            k, v, *masks, *inputs.or_q(key_weight, key_bias), sums, carry, *inputs.strides[3:], inputs.length, chunks,
+            **inputs.sizes, **inputs.key_sizes, **config,
+        )  # fmt: skip
+    chunks, config = inputs.config("walk_forward")
+    kernels.walk_forward[(rows, inputs.splits)](
+        q, k, v, *masks, *inputs.or_q(query_weight, key_weight, query_bias, key_bias, other, other_den),
+        *inputs.or_q(start_s, start_z), sums, carry, y, scale, end_s, end_z,
+        *inputs.strides, inputs.length, chunks, epsilon,
+        STARTED=start_s is not None, NORMALISED=normalised, OTHER=other is not None,
+        **inputs.sizes, **inputs.key_sizes, **config,
+    )  # fmt: skip
+    return y, scale, end_s, end_z, sums, carry
+
+
+@walk.register_fake
+def _(
+    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+    query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
+    other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
+    feature_map: str, normalised: bool, epsilon: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    inputs = _Inputs(
+        q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, feature_map, normalised
+    )
+    return *inputs.new_outputs(), *inputs.new_state(), *inputs.new_sums()
+
+
+@torch.library.custom_op("linearize::walk_backward", mutates_args=())
+def walk_backward(
+    dy: Tensor, d_scale: Optional, end_s_gradient: Optional, end_z_gradient: Optional,
+    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+    query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
+    other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
+    feature_map: str, normalised: bool,
+    y: Tensor, scale: Tensor, end_s: Tensor, end_z: Tensor, sums: Tensor, carry: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    """Gradients of q, k, v, gate, query_weight, key_weight, query_bias, key_bias, other, other_den, start_s, start_z;
+    empty tensors for what was not given.
+    """
+    inputs = _Inputs(
+        q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, feature_map, normalised
+    )
+    batch, length, heads, splits = inputs.batch, inputs.length, inputs.heads, inputs.splits
+    rows = batch * heads
+    masks = inputs.or_q(gate, mask, segments)
+    dy = dy.to(v.dtype).contiguous()
+    d_other, d_other_den = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (other, other_den))
+    if normalised:
+        row_term = torch.empty_like(scale)
+        kernels.output_gradients[(-(-batch * length * heads // 64),)](
+            dy, y, scale, *inputs.or_q(other, other_den), row_term, d_other, d_other_den, batch * length * heads,
+            values=inputs.values, V=inputs.sizes["V"], C=64, OTHER=other is not None,
+        )  # fmt: skip
+    else:
+        row_term = torch.zeros_like(scale) if d_scale is None else d_scale.contiguous()
+
+    back_sums, back_carry = inputs.new_sums()
+    if splits > 1:
+        chunks, config = inputs.config("add_up_splits_backwards")
+        kernels.add_up_splits_backwards[(rows, splits - 1)](
+            q, dy, *inputs.or_q(gate, segments, query_weight, query_bias), scale, row_term, back_sums, back_carry,
+            *inputs.q_strides, length, chunks, NORMALISED=normalised, **inputs.sizes, **config,
+        )  # fmt: skip
+
+    def per_head(*sizes: int) -> Tensor:
+        return q.new_empty(batch, length, heads, *sizes)
+
+    def shares(weight: Optional) -> Tensor:
+        shape = (0,) if weight is None else (batch, heads, splits, *weight.shape[1:])
+        return q.new_empty(shape, dtype=torch.float32)
+
+    dq, dk, dv = per_head(inputs.width), per_head(inputs.width), per_head(inputs.values)
+    d_query_weight, d_query_bias, d_key_weight, d_key_bias = map(
+        shares, (query_weight, query_bias, key_weight, key_bias)
+    )
+    gate_term, d_gate = q.new_empty(0), q.new_empty(0)
+    if gate is not None:
+        gate_term = q.new_empty(batch, length, heads, *gate.shape[3:], dtype=torch.float32)
+        d_gate = torch.empty_like(gate_term)
+    chunks, config = inputs.config("walk_query_gradients")
+    weights = inputs.or_q(query_weight, key_weight, query_bias, key_bias)
+    kernels.walk_query_gradients[(rows, splits)](
+        q, k, v, *masks, *weights, *inputs.or_q(start_s, start_z), sums, carry, dy, scale, row_term,
+        dq, d_query_weight, d_query_bias, gate_term, *inputs.strides, length, chunks,
+        STARTED=start_s is not None, NORMALISED=normalised, **inputs.sizes, **inputs.key_sizes, **config,
+    )  # fmt: skip
+    d_start_s, d_start_z = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (start_s, start_z))
+    ended = end_s_gradient is not None or end_z_gradient is not None
+    if ended:
+        end_s_gradient = torch.zeros_like(end_s) if end_s_gradient is None else end_s_gradient.contiguous()
+        end_z_gradient = torch.zeros_like(end_z) if end_z_gradient is None else end_z_gradient.contiguous()
+    chunks, config = inputs.config("walk_key_gradients")
+    kernels.walk_key_gradients[(rows, splits)](
+        q, k, v, *masks, *weights, *inputs.or_q(start_s, start_z), end_s, end_z,
+        *inputs.or_q(end_s_gradient, end_z_gradient), sums, carry, back_sums, back_carry, dy, scale, row_term,
+        gate_term, dk, dv, d_key_weight, d_key_bias, d_gate, d_start_s, d_start_z, *inputs.strides, length, chunks,
+        STARTED=start_s is not None, ENDED=ended, NORMALISED=normalised, **inputs.sizes, **inputs.key_sizes, **config,
+    )  # fmt: skip
+
+    def grouped(gradient: Tensor, like: Optional) -> Tensor:
+        """Summed over the query heads that read one head of `like`."""
+        if like is None or gradient.shape[2] == like.shape[2]:
+            return gradient
+        return gradient.unflatten(2, (like.shape[2], -1)).sum(3)
+
+    return [
+        dq,
+        grouped(dk, k),
+        grouped(dv, v),
+        grouped(d_gate, gate),
+        *(x if x.ndim == 1 else x.sum((0, 2)) for x in (d_query_weight, d_key_weight, d_query_bias, d_key_bias)),
+        d_other,
+        d_other_den,
+        d_start_s,
+        d_start_z,
+    ]
+
+
+@walk_backward.register_fake
+def _(
+    dy: Tensor, d_scale: Optional, end_s_gradient: Optional, end_z_gradient: Optional,
+    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+    query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
+    other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
+    feature_map: str, normalised: bool,
+    y: Tensor, scale: Tensor, end_s: Tensor, end_z: Tensor, sums: Tensor, carry: Tensor,
+) -> list[Tensor]:  # fmt: skip
+    def like(x: Optional, dtype: torch.dtype | None = None) -> Tensor:
+        return q.new_empty(0) if x is None else torch.empty(x.shape, dtype=dtype or x.dtype, device=x.device)
+
+    return [
+        like(q), like(k, q.dtype), like(v, q.dtype), like(gate, torch.float32),
+        *(like(x, torch.float32) for x in (query_weight, key_weight, query_bias, key_bias)),
+        *(like(x) for x in (other, other_den, start_s, start_z)),
+    ]  # fmt: skip
+
+
+DIFFERENTIABLE = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13)
+"""Arguments of `walk` that get the gradients of `walk_backward`, in order."""
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs[:14], *output)
+    ctx.feature_map, ctx.normalised = inputs[14:16]
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate(ctx: Any, dy: Optional, d_scale: Optional, d_s: Optional, d_z: Optional, *_: Any) -> tuple[Any, ...]:
+    tensors, outputs = ctx.saved_tensors[:14], ctx.saved_tensors[14:]
+    dy = torch.zeros_like(outputs[0]) if dy is None else dy
+    found = walk_backward(
+        dy, None if ctx.normalised else d_scale, d_s, d_z, *tensors, ctx.feature_map, ctx.normalised, *outputs
+    )
+    gradients: list[Optional] = [None] * 17
+    for place, gradient in zip(DIFFERENTIABLE, found, strict=True):
+        tensor = tensors[place]
+        gradients[place] = gradient.to(tensor.dtype) if tensor is not None and ctx.needs_input_grad[place] else None
+    return tuple(gradients)
+
+
+walk.register_autograd(_differentiate, setup_context=_save)
