@@ -17,11 +17,12 @@ TABLE = Path(__file__).with_name("configs.json")
 
 
 class Launch(NamedTuple):
-    """C tokens of a chunk, warps of a program, loads in flight."""
+    """C tokens of a chunk, warps of a program, loads in flight, and values of a tile (0: all of a head's)."""
 
     chunk: int
     warps: int
     stages: int
+    values: int = 0
 
 
 overrides: dict[str, Launch] = {}

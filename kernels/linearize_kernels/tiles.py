@@ -16,7 +16,9 @@ def load_rows(base, first, stride, length, width, C: tl.constexpr, X: tl.constex
     """Tile [C, X] of a [length, width] matrix from row `first` on; 0 outside."""
     row = first + tl.arange(0, C)
     column = tl.arange(0, X)
-    inside = ((row >= 0) & (row < length))[:, None] & (column < width)[None, :]
+    inside = ((row >= 0) & (row < length))[:, None]
+    if X != width:
+        inside = inside & (column < width)[None, :]
     return tl.load(base + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
 
@@ -25,7 +27,9 @@ def store_rows(base, tile, first, stride, length, width, C: tl.constexpr, X: tl.
     """Write a tile [C, X] into a [length, width] matrix from row `first` on, as far as it reaches."""
     row = first + tl.arange(0, C)
     column = tl.arange(0, X)
-    inside = ((row >= 0) & (row < length))[:, None] & (column < width)[None, :]
+    inside = ((row >= 0) & (row < length))[:, None]
+    if X != width:
+        inside = inside & (column < width)[None, :]
     place = base + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(place, tile.to(base.dtype.element_ty), mask=inside)
 
@@ -88,13 +92,17 @@ def key_flags(mask, first, length, C: tl.constexpr, MASKED: tl.constexpr):
 def documents(segments, first, length, C: tl.constexpr, PACKED: tl.constexpr):
     """Document of each token from `first` on, [C]; the last token's behind the end."""
     if PACKED:
-        return tl.load(segments + tl.minimum(first + tl.arange(0, C), length - 1))
-    return tl.zeros((C,), tl.int64)
+        own = tl.load(segments + tl.minimum(first + tl.arange(0, C), length - 1))
+    else:
+        own = tl.zeros((C,), tl.int64)
+    return own
 
 
 @triton.jit
 def document(segments, token, length, PACKED: tl.constexpr):
     """Document of one token; the nearest token's outside."""
     if PACKED:
-        return tl.load(segments + tl.minimum(tl.maximum(token, 0), length - 1))
-    return tl.full((), 0, tl.int64)
+        own = tl.load(segments + tl.minimum(tl.maximum(token, 0), length - 1))
+    else:
+        own = tl.full((), 0, tl.int64)
+    return own

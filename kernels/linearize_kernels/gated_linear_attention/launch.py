@@ -80,11 +80,15 @@ class _Inputs:
         }
         self.key_sizes = {"KH": self.k.shape[2], "VH": self.v.shape[2], "MASKED": self.mask is not None}
 
-    def config(self, kernel: str) -> tuple[int, dict[str, Any]]:
-        """Chunks of a split, and the launch arguments of a kernel."""
+    def config(self, kernel: str) -> tuple[int, int, dict[str, Any]]:
+        """Chunks of a split, tiles of the values, and the launch arguments of a kernel."""
         widest = max(self.sizes["K"], self.sizes["F"], self.sizes["V"])
-        chunk, warps, stages = launch(kernel, self.v.dtype, widest, f"{self.feature_map} {self.gate_kind}")
-        return self.tokens // chunk, {"C": chunk, "num_warps": warps, "num_stages": stages}
+        chosen = launch(kernel, self.v.dtype, widest, f"{self.feature_map} {self.gate_kind}")
+        tile = self.sizes["V"]
+        if chosen.values and self.values % chosen.values == 0:
+            tile = min(tile, chosen.values)
+        arguments = {"C": chosen.chunk, "V": tile, "num_warps": chosen.warps, "num_stages": chosen.stages}
+        return self.tokens // chosen.chunk, -(-self.values // tile), self.sizes | arguments
 
     def or_q(self, *tensors: Tensor | None) -> list[Tensor]:
         """Missing tensors are never read; kernels need some address all the same."""
@@ -128,18 +132,18 @@ def walk(
     rows = inputs.batch * inputs.heads
     masks = inputs.or_q(gate, mask, segments)
     if inputs.splits > 1:
-        chunks, config = inputs.config("add_up_splits")
-        kernels.add_up_splits[(rows, inputs.splits - 1)](
+        chunks, tiles, config = inputs.config("add_up_splits")
+        kernels.add_up_splits[(rows, inputs.splits - 1, tiles)](
             k, v, *masks, *inputs.or_q(key_weight, key_bias), sums, carry, *inputs.strides[3:], inputs.length, chunks,
-            **inputs.sizes, **inputs.key_sizes, **config,
+            **inputs.key_sizes, **config,
         )  # fmt: skip
-    chunks, config = inputs.config("walk_forward")
-    kernels.walk_forward[(rows, inputs.splits)](
+    chunks, tiles, config = inputs.config("walk_forward")
+    kernels.walk_forward[(rows, inputs.splits, tiles)](
         q, k, v, *masks, *inputs.or_q(query_weight, key_weight, query_bias, key_bias, other, other_den),
         *inputs.or_q(start_s, start_z), sums, carry, y, scale, end_s, end_z,
         *inputs.strides, inputs.length, chunks, epsilon,
         STARTED=start_s is not None, NORMALISED=normalised, OTHER=other is not None,
-        **inputs.sizes, **inputs.key_sizes, **config,
+        **inputs.key_sizes, **config,
     )  # fmt: skip
     return y, scale, end_s, end_z, sums, carry
 
@@ -188,10 +192,10 @@ def walk_backward(
 
     back_sums, back_carry = inputs.new_sums()
     if splits > 1:
-        chunks, config = inputs.config("add_up_splits_backwards")
+        chunks, _, config = inputs.config("add_up_splits_backwards")
         kernels.add_up_splits_backwards[(rows, splits - 1)](
             q, dy, *inputs.or_q(gate, segments, query_weight, query_bias), scale, row_term, back_sums, back_carry,
-            *inputs.q_strides, length, chunks, NORMALISED=normalised, **inputs.sizes, **config,
+            *inputs.q_strides, length, chunks, NORMALISED=normalised, **config,
         )  # fmt: skip
 
     def per_head(*sizes: int) -> Tensor:
@@ -209,24 +213,24 @@ def walk_backward(
     if gate is not None:
         gate_term = q.new_empty(batch, length, heads, *gate.shape[3:], dtype=torch.float32)
         d_gate = torch.empty_like(gate_term)
-    chunks, config = inputs.config("walk_query_gradients")
+    chunks, _, config = inputs.config("walk_query_gradients")
     weights = inputs.or_q(query_weight, key_weight, query_bias, key_bias)
     kernels.walk_query_gradients[(rows, splits)](
         q, k, v, *masks, *weights, *inputs.or_q(start_s, start_z), sums, carry, dy, scale, row_term,
         dq, d_query_weight, d_query_bias, gate_term, *inputs.strides, length, chunks,
-        STARTED=start_s is not None, NORMALISED=normalised, **inputs.sizes, **inputs.key_sizes, **config,
+        STARTED=start_s is not None, NORMALISED=normalised, **inputs.key_sizes, **config,
     )  # fmt: skip
     d_start_s, d_start_z = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (start_s, start_z))
     ended = end_s_gradient is not None or end_z_gradient is not None
     if ended:
         end_s_gradient = torch.zeros_like(end_s) if end_s_gradient is None else end_s_gradient.contiguous()
         end_z_gradient = torch.zeros_like(end_z) if end_z_gradient is None else end_z_gradient.contiguous()
-    chunks, config = inputs.config("walk_key_gradients")
+    chunks, _, config = inputs.config("walk_key_gradients")
     kernels.walk_key_gradients[(rows, splits)](
         q, k, v, *masks, *weights, *inputs.or_q(start_s, start_z), end_s, end_z,
         *inputs.or_q(end_s_gradient, end_z_gradient), sums, carry, back_sums, back_carry, dy, scale, row_term,
         gate_term, dk, dv, d_key_weight, d_key_bias, d_gate, d_start_s, d_start_z, *inputs.strides, length, chunks,
-        STARTED=start_s is not None, ENDED=ended, NORMALISED=normalised, **inputs.sizes, **inputs.key_sizes, **config,
+        STARTED=start_s is not None, ENDED=ended, NORMALISED=normalised, **inputs.key_sizes, **config,
     )  # fmt: skip
 
     def grouped(gradient: Tensor, like: Optional) -> Tensor:

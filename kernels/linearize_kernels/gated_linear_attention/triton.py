@@ -38,6 +38,7 @@ from linearize_kernels.tiles import (
     store_vector,
 )
 
+LOG2_E = tl.constexpr(1.4426950408889634)
 MIN_FEATURE = tl.constexpr(1e-12)
 MAX_EXPONENT = tl.constexpr(60.0)
 MIN_LOG_GATE = tl.constexpr(-5.0)
@@ -48,18 +49,36 @@ NOTHING = tl.constexpr(float("-inf"))
 @triton.jit
 def map_features(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.constexpr, F: tl.constexpr,
                  PRECISION: tl.constexpr):  # fmt: skip
-    """Tiles p, n and u, [C, F] fp32. p and n are 0 for padding features and tokens that are not `real`."""
+    """Tiles p and n of features, [C, F] in the dtype of x, and u in fp32.
+
+    Features that are padding are 0, and so are the keys of tokens that are not `real`.
+    """
     if MAP == "none":
-        u = x.to(tl.float32)
-        p = tl.where(real[:, None], u, 0.0)
-        return p, p, u
+        p = x
+        if not QUERY:
+            p = tl.where(real[:, None], x, 0.0).to(x.dtype)
+        n = p
+        u = x
+    else:
+        u, p, n = hedgehog_map(x, weight, bias, real, features, MAP, QUERY, F, PRECISION)
+    return p, n, u
+
+
+@triton.jit
+def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.constexpr, F: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
+    """u = x W + b in fp32, and the features of u and of -u."""
     u = tl.dot(x, weight, input_precision=PRECISION) + bias[None, :]
-    inside = (tl.arange(0, F) < features)[None, :]
-    plus = tl.where(inside, u, NOTHING)
-    minus = tl.where(inside, -u, NOTHING)
+    plus = u
+    minus = -u
+    inside = tl.full((1, F), True, tl.int1)
+    if F != features:
+        inside = (tl.arange(0, F) < features)[None, :]
+        plus = tl.where(inside, plus, NOTHING)
+        minus = tl.where(inside, minus, NOTHING)
     if MAP == "softmax":
-        p = tl.exp(plus - tl.max(plus, 1)[:, None])
-        n = tl.exp(minus - tl.max(minus, 1)[:, None])
+        p = tl.exp2(plus * LOG2_E - (tl.max(plus, 1) * LOG2_E)[:, None])
+        n = tl.exp2(minus * LOG2_E - (tl.max(minus, 1) * LOG2_E)[:, None])
         p = tl.maximum(p * (1.0 / tl.sum(p, 1))[:, None], MIN_FEATURE)
         n = tl.maximum(n * (1.0 / tl.sum(n, 1))[:, None], MIN_FEATURE)
     elif MAP == "softmax_joint":
@@ -76,27 +95,39 @@ def map_features(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
     else:
         p = tl.exp(tl.minimum(plus, MAX_EXPONENT))
         n = tl.exp(tl.minimum(minus, MAX_EXPONENT))
-    there = inside & real[:, None]
-    return tl.where(there, p, 0.0), tl.where(there, n, 0.0), u
+    if F != features:
+        p = tl.where(inside, p, 0.0)
+        n = tl.where(inside, n, 0.0)
+    if not QUERY:
+        p = tl.where(real[:, None], p, 0.0)
+        n = tl.where(real[:, None], n, 0.0)
+    return u, p.to(x.dtype), n.to(x.dtype)
 
 
 @triton.jit
 def map_gradient(u, p, n, dp, dn, MAP: tl.constexpr, QUERY: tl.constexpr):
     """du of `map_features`."""
     if MAP == "none":
-        return dp
-    dp = dp * p
-    dn = dn * n
-    if MAP == "exp" and not QUERY:
-        return tl.where(u < MAX_EXPONENT, dp, 0.0) - tl.where(-u < MAX_EXPONENT, dn, 0.0)
-    dp = tl.where(p > MIN_FEATURE, dp, 0.0)
-    dn = tl.where(n > MIN_FEATURE, dn, 0.0)
-    if MAP == "softmax":
-        return dp - p * tl.sum(dp, 1)[:, None] - (dn - n * tl.sum(dn, 1)[:, None])
-    if MAP == "softmax_joint":
-        total = (tl.sum(dp, 1) + tl.sum(dn, 1))[:, None]
-        return 2 * (dp - p * total - (dn - n * total))
-    return dp - dn
+        du = dp
+    else:
+        p = p.to(tl.float32)
+        n = n.to(tl.float32)
+        dp = dp * p
+        dn = dn * n
+        if MAP == "exp" and not QUERY:
+            du = tl.where(u < MAX_EXPONENT, dp, 0.0) - tl.where(-u < MAX_EXPONENT, dn, 0.0)
+        else:
+            # the smallest feature, rounded, may lie a little above MIN_FEATURE
+            dp = tl.where(p > 1.01 * MIN_FEATURE, dp, 0.0)
+            dn = tl.where(n > 1.01 * MIN_FEATURE, dn, 0.0)
+            if MAP == "softmax":
+                du = dp - p * tl.sum(dp, 1)[:, None] - (dn - n * tl.sum(dn, 1)[:, None])
+            elif MAP == "softmax_joint":
+                total = (tl.sum(dp, 1) + tl.sum(dn, 1))[:, None]
+                du = 2 * (dp - p * total - (dn - n * total))
+            else:
+                du = dp - dn
+    return du
 
 
 @triton.jit
@@ -108,17 +139,24 @@ def load_gates(gate, first, stride, length, features, C: tl.constexpr, F: tl.con
         row = tl.arange(0, C)
         log_gate = tl.maximum(load_rows(gate, first, stride, length, features, C, F).to(tl.float32), MIN_LOG_GATE)
         half = tl.sum(tl.where((row < C // 2)[:, None], log_gate, 0.0), 0)
-        return tl.cumsum(log_gate, 0), tl.sum(log_gate, 0), half
-    if GATE == "head":
-        log_gate = tl.maximum(load_column(gate, first, stride, length, C), FORGOTTEN)[:, None]
-        return tl.cumsum(log_gate, 0), tl.sum(log_gate, 0), tl.zeros((1,), tl.float32)
-    return tl.zeros((C, 1), tl.float32), tl.zeros((1,), tl.float32), tl.zeros((1,), tl.float32)
+        since = tl.cumsum(log_gate, 0)
+        total = tl.sum(log_gate, 0)
+    else:
+        half = tl.zeros((1,), tl.float32)
+        since = tl.zeros((C, 1), tl.float32)
+        total = half
+        if GATE == "head":
+            log_gate = tl.maximum(load_column(gate, first, stride, length, C), FORGOTTEN)
+            since = tl.cumsum(log_gate, 0)[:, None]  # one dimension: Triton 3.6 cannot compile scans of a [C, 1] tile
+            total = total + tl.sum(log_gate, 0)
+    return since, total, half
 
 
 @triton.jit
-def pair_weights(own, since, C: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, KEYS_FIRST: tl.constexpr):
-    """What the scores of one chunk are multiplied with, [query, key] or, KEYS_FIRST, [key, query]: decay per head, and
-    0 for keys that come later or belong to another document.
+def keep_pairs(score, own, since, C: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr,
+               KEYS_FIRST: tl.constexpr):  # fmt: skip
+    """Scores of one chunk, [query, key] or, KEYS_FIRST, [key, query], times the decay per head; 0 for keys that come
+    later or belong to another document.
     """
     row = tl.arange(0, C)
     if KEYS_FIRST:
@@ -133,8 +171,8 @@ def pair_weights(own, since, C: tl.constexpr, PACKED: tl.constexpr, GATE: tl.con
             log = at[None, :] - at[:, None]
         else:
             log = at[:, None] - at[None, :]
-        return tl.where(seen, tl.exp(tl.minimum(log, 0.0)), 0.0)
-    return tl.where(seen, 1.0, 0.0)
+        score = score * tl.exp(tl.minimum(log, 0.0))
+    return tl.where(seen, score, 0.0)
 
 
 @triton.jit
@@ -161,8 +199,9 @@ def same_half(C: tl.constexpr):
 
 
 @triton.jit
-def collect(sums, carry, start_s, start_z, first, step, count, features, values, F: tl.constexpr, V: tl.constexpr,
-            E: tl.constexpr, SIGNS: tl.constexpr, STARTED: tl.constexpr):  # fmt: skip
+def collect(sums, carry, start_s, start_z, first, step, count, column, features: tl.constexpr, values: tl.constexpr,
+            F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, SIGNS: tl.constexpr,
+            STARTED: tl.constexpr):  # fmt: skip
     """The running state from `start` on through `count` splits: first, first + step, ...
 
     Args:
@@ -170,26 +209,27 @@ def collect(sums, carry, start_s, start_z, first, step, count, features, values,
         carry: [N, E] log of what each split leaves of the state before it; E = 1 or `features` padded to F.
         start_s, start_z: the state before, [SIGNS * features, values] and [SIGNS * features].
     """
-    block = (values + 1) * features
+    block: tl.constexpr = (values + 1) * features
+    tile: tl.constexpr = V if values > V else values
     sp = tl.zeros((V, F), tl.float32)
     zp = tl.zeros((F,), tl.float32)
     if STARTED:
-        sp = load_matrix(start_s, 1, values, values, features, V, F).to(tl.float32)
+        sp = load_matrix(start_s + column, 1, values, tile, features, V, F).to(tl.float32)
         zp = load_vector(start_z, features, F)
     sn = sp
     zn = zp
     if SIGNS == 2:
         if STARTED:
-            sn = load_matrix(start_s + features * values, 1, values, values, features, V, F).to(tl.float32)
+            sn = load_matrix(start_s + features * values + column, 1, values, tile, features, V, F).to(tl.float32)
             zn = load_vector(start_z + features, features, F)
     base = sums + first * (SIGNS * block)
     carry += first * E
     for _ in range(0, count):
         keep = tl.exp(tl.load(carry + tl.arange(0, E)))
-        sp = sp * keep[None, :] + load_matrix(base, features, 1, values, features, V, F)
+        sp = sp * keep[None, :] + load_matrix(base + column * features, features, 1, tile, features, V, F)
         zp = zp * keep + load_vector(base + values * features, features, F)
         if SIGNS == 2:
-            sn = sn * keep[None, :] + load_matrix(base + block, features, 1, values, features, V, F)
+            sn = sn * keep[None, :] + load_matrix(base + block + column * features, features, 1, tile, features, V, F)
             zn = zn * keep + load_vector(base + block + values * features, features, F)
         base += step * (SIGNS * block)
         carry += step * E
@@ -197,24 +237,32 @@ def collect(sums, carry, start_s, start_z, first, step, count, features, values,
 
 
 @triton.jit
-def store_sums(base, sp, sn, zp, zn, features, values, F: tl.constexpr, V: tl.constexpr, SIGNS: tl.constexpr):
-    """One split's entry of `sums`."""
-    block = (values + 1) * features
-    store_matrix(base, sp, features, 1, values, features, V, F)
-    store_vector(base + values * features, zp, features, F)
+def store_sums(base, sp, sn, zp, zn, column, features: tl.constexpr, values: tl.constexpr, F: tl.constexpr,
+               V: tl.constexpr, SIGNS: tl.constexpr):  # fmt: skip
+    """One split's entry of `sums`; the normaliser once, with the first tile of values."""
+    block: tl.constexpr = (values + 1) * features
+    tile: tl.constexpr = V if values > V else values
+    store_matrix(base + column * features, sp, features, 1, tile, features, V, F)
     if SIGNS == 2:
-        store_matrix(base + block, sn, features, 1, values, features, V, F)
-        store_vector(base + block + values * features, zn, features, F)
+        store_matrix(base + block + column * features, sn, features, 1, tile, features, V, F)
+    if column == 0:
+        store_vector(base + values * features, zp, features, F)
+        if SIGNS == 2:
+            store_vector(base + block + values * features, zn, features, F)
 
 
 @triton.jit
-def store_state(s, z, sp, sn, zp, zn, features, values, F: tl.constexpr, V: tl.constexpr, SIGNS: tl.constexpr):
+def store_state(s, z, sp, sn, zp, zn, column, features: tl.constexpr, values: tl.constexpr, F: tl.constexpr,
+                V: tl.constexpr, SIGNS: tl.constexpr):  # fmt: skip
     """A head's state, [SIGNS * features, values] and [SIGNS * features]."""
-    store_matrix(s, sp, 1, values, values, features, V, F)
-    store_vector(z, zp, features, F)
+    tile: tl.constexpr = V if values > V else values
+    store_matrix(s + column, sp, 1, values, tile, features, V, F)
     if SIGNS == 2:
-        store_matrix(s + features * values, sn, 1, values, values, features, V, F)
-        store_vector(z + features, zn, features, F)
+        store_matrix(s + features * values + column, sn, 1, values, tile, features, V, F)
+    if column == 0:
+        store_vector(z, zp, features, F)
+        if SIGNS == 2:
+            store_vector(z + features, zn, features, F)
 
 
 @triton.jit
@@ -227,26 +275,26 @@ def add_keys(sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v, since, tot
     keep = tl.exp(total)
     if GATE != "none":
         write = tl.exp(total[None, :] - since)
-        kp = kp * write
-        kn = kn * write
+        kp = (kp * write).to(v.dtype)
+        kn = (kn * write).to(v.dtype)
     if PACKED:
         goes_on = last == before
         keep = tl.where(goes_on, keep, 0.0)
         log_carry = tl.where(goes_on, log_carry, NOTHING)
-        kp = tl.where((own == last)[:, None], kp, 0.0)
-        kn = tl.where((own == last)[:, None], kn, 0.0)
-    values = tl.trans(v)
+        kp = tl.where((own == last)[:, None], kp, 0.0).to(v.dtype)
+        kn = tl.where((own == last)[:, None], kn, 0.0).to(v.dtype)
     if GATE != "none" or PACKED:
         sp *= keep[None, :]
         zp *= keep
-    sp += tl.dot(values, kp.to(v.dtype), input_precision=PRECISION)
-    zp += tl.sum(kp, 0)
-    if SIGNS == 2:
-        if GATE != "none" or PACKED:
+        if SIGNS == 2:
             sn *= keep[None, :]
             zn *= keep
-        sn += tl.dot(values, kn.to(v.dtype), input_precision=PRECISION)
-        zn += tl.sum(kn, 0)
+    values = tl.trans(v)
+    sp = tl.dot(values, kp, sp, input_precision=PRECISION)
+    zp += tl.sum(kp.to(tl.float32), 0)
+    if SIGNS == 2:
+        sn = tl.dot(values, kn, sn, input_precision=PRECISION)
+        zn += tl.sum(kn.to(tl.float32), 0)
     return sp, sn, zp, zn, log_carry + total
 
 
@@ -258,12 +306,16 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
                   K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                   MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                   BIAS: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """What each split adds to the running state; grid (B * H, N - 1): nobody asks for the last one's."""
+    """What each split adds to the running state; grid (B * H, N - 1, value tiles): nobody asks for
+    the last split's.
+    """
     b = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
     split = tl.program_id(1)
+    column = tl.program_id(2) * V
+    tile: tl.constexpr = V if values > V else values
     k += b * k_batch + (h // (H // KH)).to(tl.int64) * k_head
-    v += b * v_batch + (h // (H // VH)).to(tl.int64) * v_head
+    v += b * v_batch + (h // (H // VH)).to(tl.int64) * v_head + column
     gate_head = h // (H // GH)
     gate_width: tl.constexpr = features if GATE == "feature" else 1
     gate += b * length * (GH * gate_width) + gate_head * gate_width
@@ -286,7 +338,7 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
     for chunk in range(first_chunk, first_chunk + chunks_a_split):
         first = chunk * C
         k_tile = load_rows(k, first, k_token, length, width, C, K)
-        v_tile = load_rows(v, first, v_token, length, values, C, V)
+        v_tile = load_rows(v, first, v_token, length, tile, C, V)
         since, total, _half = load_gates(gate, first, GH * gate_width, length, features, C, F, GATE)
         real = key_flags(mask, first, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
@@ -298,7 +350,7 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
         before = last
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split
     block: tl.constexpr = SIGNS * (values + 1) * features
-    store_sums(sums + place * block, sp, sn, zp, zn, features, values, F, V, SIGNS)
+    store_sums(sums + place * block, sp, sn, zp, zn, column, features, values, F, V, SIGNS)
     tl.store(carry + place * E + tl.arange(0, E), log_carry)
 
 
@@ -314,23 +366,25 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
                  BIAS: tl.constexpr, SIGNS: tl.constexpr, STARTED: tl.constexpr, NORMALISED: tl.constexpr,
                  OTHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """y [B, T, H, V] and scale = 1 / D [B, T, H] where NORMALISED, the numerator and D otherwise, and the state after
-    the last token; grid (B * H, N).
+    the last token; grid (B * H, N, value tiles).
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
     split = tl.program_id(1)
+    column = tl.program_id(2) * V
+    tile: tl.constexpr = V if values > V else values
     q += b * q_batch + h.to(tl.int64) * q_head
     k += b * k_batch + (h // (H // KH)).to(tl.int64) * k_head
-    v += b * v_batch + (h // (H // VH)).to(tl.int64) * v_head
+    v += b * v_batch + (h // (H // VH)).to(tl.int64) * v_head + column
     gate_head = h // (H // GH)
     gate_width: tl.constexpr = features if GATE == "feature" else 1
     gate += b * length * (GH * gate_width) + gate_head * gate_width
     mask += b * length
     segments += b * length
     row = b * length * H + h
-    y += row * values
+    y += row * values + column
     scale += row
-    other += row * values
+    other += row * values + column
     other_den += row
     dtype = v.dtype.element_ty
     q_weight = q
@@ -351,7 +405,7 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
     others = tl.num_programs(1) - 1
     sp, sn, zp, zn = collect(
         sums + head * others * block, carry + head * others * E, start_s + head * state * values, start_z + head * state,
-        0, 1, split, features, values, F, V, E, SIGNS, STARTED,
+        0, 1, split, column, features, values, F, V, E, SIGNS, STARTED,
     )  # fmt: skip
     first_chunk = split * chunks_a_split
     before = document(segments, first_chunk * C - 1, length, PACKED)
@@ -360,7 +414,7 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
         first = chunk * C
         q_tile = load_rows(q, first, q_token, length, width, C, K)
         k_tile = load_rows(k, first, k_token, length, width, C, K)
-        v_tile = load_rows(v, first, v_token, length, values, C, V)
+        v_tile = load_rows(v, first, v_token, length, tile, C, V)
         since, total, half = load_gates(gate, first, GH * gate_width, length, features, C, F, GATE)
         real = key_flags(mask, first, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
@@ -369,47 +423,47 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
         kp, kn, _u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, PRECISION)
         qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, PRECISION)
 
-        pairs = pair_weights(own, since, C, PACKED, GATE, False)
         if GATE == "feature":
             near_q, near_k, far_q, far_k = feature_decays(since, total, half, C)
             near = tl.dot((qp * near_q).to(dtype), tl.trans((kp * near_k).to(dtype)), input_precision=PRECISION)
             far = tl.dot((qp * far_q).to(dtype), tl.trans((kp * far_k).to(dtype)), input_precision=PRECISION)
-            score = tl.where(pairs > 0, tl.where(same_half(C), near, far), 0.0)
+            score = tl.where(same_half(C), near, far)
         else:
-            score = tl.dot(qp.to(dtype), tl.trans(kp.to(dtype)), input_precision=PRECISION)
+            score = tl.dot(qp, tl.trans(kp), input_precision=PRECISION)
             if SIGNS == 2:
-                score = tl.dot(qn.to(dtype), tl.trans(kn.to(dtype)), score, input_precision=PRECISION)
-            score = tl.where(pairs > 0, score * pairs, 0.0)
+                score = tl.dot(qn, tl.trans(kn), score, input_precision=PRECISION)
+        score = keep_pairs(score, own, since, C, PACKED, GATE, False)
         if GATE != "none":
             read = tl.exp(since)
-            qp = qp * read
-            qn = qn * read
+            qp = (qp * read).to(dtype)
+            qn = (qn * read).to(dtype)
         if PACKED:
-            qp = tl.where((own == before)[:, None], qp, 0.0)
-            qn = tl.where((own == before)[:, None], qn, 0.0)
+            qp = tl.where((own == before)[:, None], qp, 0.0).to(dtype)
+            qn = tl.where((own == before)[:, None], qn, 0.0).to(dtype)
         den = tl.sum(score, 1) + tl.sum(qp * zp[None, :], 1)
         num = tl.dot(score.to(dtype), v_tile, input_precision=PRECISION)
-        num = tl.dot(qp.to(dtype), tl.trans(sp.to(dtype)), num, input_precision=PRECISION)
+        num = tl.dot(qp, tl.trans(sp.to(dtype)), num, input_precision=PRECISION)
         if SIGNS == 2:
             den += tl.sum(qn * zn[None, :], 1)
-            num = tl.dot(qn.to(dtype), tl.trans(sn.to(dtype)), num, input_precision=PRECISION)
+            num = tl.dot(qn, tl.trans(sn.to(dtype)), num, input_precision=PRECISION)
         if OTHER:
             weight = load_column(other_den, first, H, length, C)
-            num += load_rows(other, first, H * values, length, values, C, V).to(tl.float32) * weight[:, None]
+            num += load_rows(other, first, H * values, length, tile, C, V).to(tl.float32) * weight[:, None]
             den += weight
         if NORMALISED:
             den += epsilon
             den = 1.0 / tl.where(den == 0, 1.0, den)
             num *= den[:, None]
-        store_rows(y, num, first, H * values, length, values, C, V)
-        store_column(scale, den, first, H, length, C)
+        store_rows(y, num, first, H * values, length, tile, C, V)
+        if column == 0:
+            store_column(scale, den, first, H, length, C)
         sp, sn, zp, zn, log_carry = add_keys(
             sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, PACKED, GATE, SIGNS, PRECISION
         )
         before = last
     if split == others:
         store_state(
-            end_s + head * state * values, end_z + head * state, sp, sn, zp, zn, features, values, F, V, SIGNS
+            end_s + head * state * values, end_z + head * state, sp, sn, zp, zn, column, features, values, F, V, SIGNS
         )
 
 
@@ -438,28 +492,30 @@ def add_queries(rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy, scale
     `begins` and `after` are the documents of the chunk's first token and of the first token after it.
     """
     keep = tl.exp(total)
+    factor = scale[:, None]
+    term = row_term[:, None]
     if GATE != "none":
         read = tl.exp(since)
-        qp = qp * read
-        qn = qn * read
+        factor = factor * read
+        term = term * read
     if PACKED:
         goes_on = begins == after
         keep = tl.where(goes_on, keep, 0.0)
         log_carry = tl.where(goes_on, log_carry, NOTHING)
-        qp = tl.where((own == begins)[:, None], qp, 0.0)
-        qn = tl.where((own == begins)[:, None], qn, 0.0)
-    gradients = tl.trans(dy)
+        factor = tl.where((own == begins)[:, None], factor, 0.0)
+        term = tl.where((own == begins)[:, None], term, 0.0)
     if GATE != "none" or PACKED:
         rp *= keep[None, :]
         xp *= keep
-    rp += tl.dot(gradients, (qp * scale[:, None]).to(dy.dtype), input_precision=PRECISION)
-    xp += tl.sum(qp * row_term[:, None], 0)
-    if SIGNS == 2:
-        if GATE != "none" or PACKED:
+        if SIGNS == 2:
             rn *= keep[None, :]
             xn *= keep
-        rn += tl.dot(gradients, (qn * scale[:, None]).to(dy.dtype), input_precision=PRECISION)
-        xn += tl.sum(qn * row_term[:, None], 0)
+    gradients = tl.trans(dy)
+    rp = tl.dot(gradients, (qp * factor).to(dy.dtype), rp, input_precision=PRECISION)
+    xp += tl.sum(qp * term, 0)
+    if SIGNS == 2:
+        rn = tl.dot(gradients, (qn * factor).to(dy.dtype), rn, input_precision=PRECISION)
+        xn += tl.sum(qn * term, 0)
     return rp, rn, xp, xn, log_carry + total
 
 
@@ -467,8 +523,10 @@ def add_queries(rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy, scale
 def load_scale(scale, first, stride, length, C: tl.constexpr, NORMALISED: tl.constexpr):
     """w: 1 / D, or 1 where numerator and denominator are apart."""
     if NORMALISED:
-        return load_column(scale, first, stride, length, C)
-    return tl.full((C,), 1.0, tl.float32)
+        w = load_column(scale, first, stride, length, C)
+    else:
+        w = tl.full((C,), 1.0, tl.float32)
+    return w
 
 
 @triton.jit
@@ -525,7 +583,7 @@ def add_up_splits_backwards(q, dy, gate, segments, query_weight, query_bias, sca
         after = begins
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split - 1
     block: tl.constexpr = SIGNS * (values + 1) * features
-    store_sums(sums + place * block, rp, rn, xp, xn, features, values, F, V, SIGNS)
+    store_sums(sums + place * block, rp, rn, xp, xn, 0, features, values, F, V, SIGNS)
     tl.store(carry + place * E + tl.arange(0, E), log_carry)
 
 
@@ -580,7 +638,7 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
     others = tl.num_programs(1) - 1
     sp, sn, zp, zn = collect(
         sums + head * others * block, carry + head * others * E, start_s + head * state * values, start_z + head * state,
-        0, 1, split, features, values, F, V, E, SIGNS, STARTED,
+        0, 1, split, 0, features, values, F, V, E, SIGNS, STARTED,
     )  # fmt: skip
     first_chunk = split * chunks_a_split
     before = document(segments, first_chunk * C - 1, length, PACKED)
@@ -601,9 +659,8 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
         kp, kn, _u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, PRECISION)
         qp, qn, u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, PRECISION)
 
-        pairs = pair_weights(own, since, C, PACKED, GATE, False)
         d_score = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION) * inverse[:, None] + term[:, None]
-        d_score = tl.where(pairs > 0, d_score * pairs, 0.0)
+        d_score = keep_pairs(d_score, own, since, C, PACKED, GATE, False)
         dp = tl.dot(dy_tile, sp.to(dtype), input_precision=PRECISION) * inverse[:, None] + term[:, None] * zp[None, :]
         dn = dp
         if SIGNS == 2:
@@ -622,9 +679,9 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
             dp += near_q * tl.dot(near, (kp * near_k).to(dtype), input_precision=PRECISION)
             dp += far_q * tl.dot(d_score.to(dtype), (kp * far_k).to(dtype), input_precision=PRECISION)
         else:
-            dp += tl.dot(d_score.to(dtype), kp.to(dtype), input_precision=PRECISION)
+            dp = tl.dot(d_score.to(dtype), kp, dp, input_precision=PRECISION)
             if SIGNS == 2:
-                dn += tl.dot(d_score.to(dtype), kn.to(dtype), input_precision=PRECISION)
+                dn = tl.dot(d_score.to(dtype), kn, dn, input_precision=PRECISION)
         if GATE == "feature":
             store_rows(gate_term, qp * dp, first, H * gate_width, length, features, C, F)
         if GATE == "head":
@@ -711,7 +768,7 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
     at_z = head * state
     rp, rn, xp, xn = collect(
         back_sums + head * others * block, back_carry + head * others * E, end_s_gradient + at_s, end_z_gradient + at_z,
-        others - 1, -1, others - split, features, values, F, V, E, SIGNS, ENDED,
+        others - 1, -1, others - split, 0, features, values, F, V, E, SIGNS, ENDED,
     )  # fmt: skip
     first_chunk = split * chunks_a_split
     chunks = tl.minimum(chunks_a_split, tl.cdiv(length, C) - first_chunk)
@@ -723,11 +780,11 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
         if split < others:
             sp, sn, zp, zn = collect(
                 sums + head * others * block, carry + head * others * E, start_s + at_s, start_z + at_z,
-                0, 1, split + 1, features, values, F, V, E, SIGNS, STARTED,
+                0, 1, split + 1, 0, features, values, F, V, E, SIGNS, STARTED,
             )  # fmt: skip
         else:
             sp, sn, zp, zn = collect(
-                sums, carry, end_s + at_s, end_z + at_z, 0, 1, 0, features, values, F, V, E, SIGNS, ENDED
+                sums, carry, end_s + at_s, end_z + at_z, 0, 1, 0, 0, features, values, F, V, E, SIGNS, ENDED
             )
         worth = tl.sum(sp * rp, 0) + zp * xp
         if SIGNS == 2:
@@ -757,9 +814,8 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
         kp, kn, u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, PRECISION)
         qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, PRECISION)
 
-        pairs = pair_weights(own, since, C, PACKED, GATE, True)
         d_score = tl.dot(v_tile, tl.trans(dy_tile), input_precision=PRECISION) * inverse[None, :] + term[None, :]
-        d_score = tl.where(pairs > 0, d_score * pairs, 0.0)
+        d_score = keep_pairs(d_score, own, since, C, PACKED, GATE, True)
         write = tl.full((C, 1), 1.0, tl.float32)
         if GATE != "none":
             write = tl.exp(total[None, :] - since)
@@ -773,17 +829,17 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             near_q, near_k, far_q, far_k = feature_decays(since, total, half, C)
             near = tl.dot((kp * near_k).to(dtype), tl.trans((qp * near_q).to(dtype)), input_precision=PRECISION)
             far = tl.dot((kp * far_k).to(dtype), tl.trans((qp * far_q).to(dtype)), input_precision=PRECISION)
-            score = tl.where(pairs > 0, tl.where(same_half(C), near, far), 0.0)
+            score = tl.where(same_half(C), near, far)
             d_near = tl.where(same_half(C), d_score, 0.0).to(dtype)
             dp += near_k * tl.dot(d_near, (qp * near_q).to(dtype), input_precision=PRECISION)
             dp += far_k * tl.dot(d_score.to(dtype), (qp * far_q).to(dtype), input_precision=PRECISION)
         else:
-            score = tl.dot(kp.to(dtype), tl.trans(qp.to(dtype)), input_precision=PRECISION)
-            dp += tl.dot(d_score.to(dtype), qp.to(dtype), input_precision=PRECISION)
+            score = tl.dot(kp, tl.trans(qp), input_precision=PRECISION)
+            dp = tl.dot(d_score.to(dtype), qp, dp, input_precision=PRECISION)
             if SIGNS == 2:
-                score = tl.dot(kn.to(dtype), tl.trans(qn.to(dtype)), score, input_precision=PRECISION)
-                dn += tl.dot(d_score.to(dtype), qn.to(dtype), input_precision=PRECISION)
-            score = tl.where(pairs > 0, score * pairs, 0.0)
+                score = tl.dot(kn, tl.trans(qn), score, input_precision=PRECISION)
+                dn = tl.dot(d_score.to(dtype), qn, dn, input_precision=PRECISION)
+        score = keep_pairs(score, own, since, C, PACKED, GATE, True)
         d_value = tl.dot((score * inverse[None, :]).to(dtype), dy_tile, input_precision=PRECISION)
         d_value = tl.dot((kp * write).to(dtype), tl.trans(rp.to(dtype)), d_value, input_precision=PRECISION)
         if SIGNS == 2:
@@ -825,5 +881,5 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
     if STARTED:
         if split == 0:
             store_state(
-                start_s_gradient + at_s, start_z_gradient + at_z, rp, rn, xp, xn, features, values, F, V, SIGNS
+                start_s_gradient + at_s, start_z_gradient + at_z, rp, rn, xp, xn, 0, features, values, F, V, SIGNS
             )
