@@ -17,7 +17,9 @@ from linearize_kernels.gated_linear_attention import triton as kernels
 SPLIT_UNIT = 128
 """Splits are multiples of so many tokens, a multiple of every chunk."""
 
-MIN_SPLIT, MAX_SPLITS, PROGRAMS = 256, 16, 512
+ONE_SIGN = False
+
+MIN_SPLIT, MAX_SPLITS, PROGRAMS = 256, 16, 256
 """Tokens of a split at least, splits of a row at most, and programs that a launch aims for."""
 
 
@@ -54,7 +56,7 @@ class _Inputs:
         self.batch, self.length, self.heads, self.width = self.q.shape
         self.values = self.v.shape[-1]
         self.features = self.width if self.query_weight is None else self.query_weight.shape[-1]
-        self.signs = 1 if self.query_weight is None else 2
+        self.signs = 1 if self.query_weight is None or ONE_SIGN else 2
         self.gate_kind = "none" if self.gate is None else "head" if self.gate.ndim == 3 else "feature"
         self.tokens = split_tokens(self.batch * self.heads, self.length)
         self.splits = -(-self.length // self.tokens)

@@ -48,7 +48,7 @@ NOTHING = tl.constexpr(float("-inf"))
 
 @triton.jit
 def map_features(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.constexpr, F: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
+                 SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Tiles p and n of features, [C, F] in the dtype of x, and u in fp32.
 
     Features that are padding are 0, and so are the keys of tokens that are not `real`.
@@ -60,14 +60,14 @@ def map_features(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
         n = p
         u = x
     else:
-        u, p, n = hedgehog_map(x, weight, bias, real, features, MAP, QUERY, F, PRECISION)
+        u, p, n = hedgehog_map(x, weight, bias, real, features, MAP, QUERY, F, SIGNS, PRECISION)
     return p, n, u
 
 
 @triton.jit
 def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.constexpr, F: tl.constexpr,
-                 PRECISION: tl.constexpr):  # fmt: skip
-    """u = x W + b in fp32, and the features of u and of -u."""
+                 SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """u = x W + b in fp32, and the features of u and, where SIGNS = 2, of -u."""
     u = tl.dot(x, weight, input_precision=PRECISION) + bias[None, :]
     plus = u
     minus = -u
@@ -78,9 +78,11 @@ def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
         minus = tl.where(inside, minus, NOTHING)
     if MAP == "softmax":
         p = tl.exp2(plus * LOG2_E - (tl.max(plus, 1) * LOG2_E)[:, None])
-        n = tl.exp2(minus * LOG2_E - (tl.max(minus, 1) * LOG2_E)[:, None])
         p = tl.maximum(p * (1.0 / tl.sum(p, 1))[:, None], MIN_FEATURE)
-        n = tl.maximum(n * (1.0 / tl.sum(n, 1))[:, None], MIN_FEATURE)
+        n = p
+        if SIGNS == 2:
+            n = tl.exp2(minus * LOG2_E - (tl.max(minus, 1) * LOG2_E)[:, None])
+            n = tl.maximum(n * (1.0 / tl.sum(n, 1))[:, None], MIN_FEATURE)
     elif MAP == "softmax_joint":
         top = 2 * tl.maximum(tl.max(plus, 1), tl.max(minus, 1))
         p = tl.exp(2 * plus - top[:, None])
@@ -105,7 +107,7 @@ def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
 
 
 @triton.jit
-def map_gradient(u, p, n, dp, dn, MAP: tl.constexpr, QUERY: tl.constexpr):
+def map_gradient(u, p, n, dp, dn, MAP: tl.constexpr, QUERY: tl.constexpr, SIGNS: tl.constexpr):
     """du of `map_features`."""
     if MAP == "none":
         du = dp
@@ -121,7 +123,9 @@ def map_gradient(u, p, n, dp, dn, MAP: tl.constexpr, QUERY: tl.constexpr):
             dp = tl.where(p > 1.01 * MIN_FEATURE, dp, 0.0)
             dn = tl.where(n > 1.01 * MIN_FEATURE, dn, 0.0)
             if MAP == "softmax":
-                du = dp - p * tl.sum(dp, 1)[:, None] - (dn - n * tl.sum(dn, 1)[:, None])
+                du = dp - p * tl.sum(dp, 1)[:, None]
+                if SIGNS == 2:
+                    du -= dn - n * tl.sum(dn, 1)[:, None]
             elif MAP == "softmax_joint":
                 total = (tl.sum(dp, 1) + tl.sum(dn, 1))[:, None]
                 du = 2 * (dp - p * total - (dn - n * total))
@@ -233,7 +237,7 @@ def collect(sums, carry, start_s, start_z, first, step, count, column, features:
             zn = zn * keep + load_vector(base + block + values * features, features, F)
         base += step * (SIGNS * block)
         carry += step * E
-    return sp, sn, zp, zn
+    return sp, sn, as_tile(zp, F), as_tile(zn, F)
 
 
 @triton.jit
@@ -246,9 +250,9 @@ def store_sums(base, sp, sn, zp, zn, column, features: tl.constexpr, values: tl.
     if SIGNS == 2:
         store_matrix(base + block + column * features, sn, features, 1, tile, features, V, F)
     if column == 0:
-        store_vector(base + values * features, zp, features, F)
+        store_vector(base + values * features, tl.sum(zp, 0), features, F)
         if SIGNS == 2:
-            store_vector(base + block + values * features, zn, features, F)
+            store_vector(base + block + values * features, tl.sum(zn, 0), features, F)
 
 
 @triton.jit
@@ -260,17 +264,55 @@ def store_state(s, z, sp, sn, zp, zn, column, features: tl.constexpr, values: tl
     if SIGNS == 2:
         store_matrix(s + features * values + column, sn, 1, values, tile, features, V, F)
     if column == 0:
-        store_vector(z, zp, features, F)
+        store_vector(z, tl.sum(zp, 0), features, F)
         if SIGNS == 2:
-            store_vector(z + features, zn, features, F)
+            store_vector(z + features, tl.sum(zn, 0), features, F)
 
 
 @triton.jit
-def add_keys(sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v, since, total, PACKED: tl.constexpr,
-             GATE: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def ones_row(vector, C: tl.constexpr, dtype: tl.constexpr):
+    """[16, C] whose first two rows add up to `vector`, the second being what the first lost when it was rounded."""
+    row = tl.arange(0, 16)[:, None]
+    high = vector.to(dtype)
+    low = (vector - high.to(tl.float32)).to(dtype)
+    return tl.where(row == 0, high[None, :], tl.where(row == 1, low[None, :], 0.0)).to(dtype)
+
+
+@triton.jit
+def times_sum(x, tile, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x [C, F] times the sum of the rows of `tile` [16, F]: fp32 [C]."""
+    high = tile.to(dtype)
+    low = (tile - high.to(tl.float32)).to(dtype)
+    product = tl.dot(x, tl.trans(high), input_precision=PRECISION)
+    return tl.sum(tl.dot(x, tl.trans(low), product, input_precision=PRECISION), 1)
+
+
+@triton.jit
+def add_outer(x, factor, tile, C: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x [C, F] + factor [C] times the sum of the rows of `tile` [16, F]."""
+    high = tile.to(dtype)
+    low = (tile - high.to(tl.float32)).to(dtype)
+    factor_high = factor.to(dtype)
+    factor_low = (factor - factor_high.to(tl.float32)).to(dtype)
+    left = tl.broadcast_to(factor_high[:, None], (C, 16))
+    x = tl.dot(left, high, x, input_precision=PRECISION)
+    x = tl.dot(left, low, x, input_precision=PRECISION)
+    return tl.dot(tl.broadcast_to(factor_low[:, None], (C, 16)), high, x, input_precision=PRECISION)
+
+
+@triton.jit
+def as_tile(vector, F: tl.constexpr):
+    """[16, F] with `vector` in its first row."""
+    return tl.where(tl.arange(0, 16)[:, None] == 0, vector[None, :], 0.0)
+
+
+@triton.jit
+def add_keys(sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v, since, total, C: tl.constexpr,
+             PACKED: tl.constexpr, GATE: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """The running state after a chunk, and the log of what is left of the state at the split's start.
 
-    `before` and `last` are the documents of the last token before the chunk and of its own last token.
+    `before` and `last` are the documents of the last token before the chunk and of its own last token. The normalisers
+    are the sums of the rows of [16, F] tiles, filled by products: as vectors they would take a register for each column.
     """
     keep = tl.exp(total)
     if GATE != "none":
@@ -291,10 +333,11 @@ def add_keys(sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v, since, tot
             zn *= keep
     values = tl.trans(v)
     sp = tl.dot(values, kp, sp, input_precision=PRECISION)
-    zp += tl.sum(kp.to(tl.float32), 0)
+    count = ones_row(tl.full((C,), 1.0, tl.float32), C, v.dtype)
+    zp = tl.dot(count, kp, zp, input_precision=PRECISION)
     if SIGNS == 2:
         sn = tl.dot(values, kn, sn, input_precision=PRECISION)
-        zn += tl.sum(kn.to(tl.float32), 0)
+        zn = tl.dot(count, kn, zn, input_precision=PRECISION)
     return sp, sn, zp, zn, log_carry + total
 
 
@@ -330,7 +373,7 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
 
     sp = tl.zeros((V, F), tl.float32)
     sn = sp
-    zp = tl.zeros((F,), tl.float32)
+    zp = tl.zeros((16, F), tl.float32)
     zn = zp
     log_carry = tl.zeros((E,), tl.float32)
     first_chunk = split * chunks_a_split
@@ -343,9 +386,9 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
         real = key_flags(mask, first, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
-        kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, PRECISION)
+        kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, SIGNS, PRECISION)
         sp, sn, zp, zn, log_carry = add_keys(
-            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, PACKED, GATE, SIGNS, PRECISION
+            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, C, PACKED, GATE, SIGNS, PRECISION
         )
         before = last
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split
@@ -420,8 +463,8 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
         inside = first + tl.arange(0, C) < length
-        kp, kn, _u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, PRECISION)
-        qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, PRECISION)
+        kp, kn, _u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, SIGNS, PRECISION)
+        qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, SIGNS, PRECISION)
 
         if GATE == "feature":
             near_q, near_k, far_q, far_k = feature_decays(since, total, half, C)
@@ -440,11 +483,11 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
         if PACKED:
             qp = tl.where((own == before)[:, None], qp, 0.0).to(dtype)
             qn = tl.where((own == before)[:, None], qn, 0.0).to(dtype)
-        den = tl.sum(score, 1) + tl.sum(qp * zp[None, :], 1)
+        den = tl.sum(score, 1) + times_sum(qp, zp, dtype, PRECISION)
         num = tl.dot(score.to(dtype), v_tile, input_precision=PRECISION)
         num = tl.dot(qp, tl.trans(sp.to(dtype)), num, input_precision=PRECISION)
         if SIGNS == 2:
-            den += tl.sum(qn * zn[None, :], 1)
+            den += times_sum(qn, zn, dtype, PRECISION)
             num = tl.dot(qn, tl.trans(sn.to(dtype)), num, input_precision=PRECISION)
         if OTHER:
             weight = load_column(other_den, first, H, length, C)
@@ -458,7 +501,7 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
         if column == 0:
             store_column(scale, den, first, H, length, C)
         sp, sn, zp, zn, log_carry = add_keys(
-            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, PACKED, GATE, SIGNS, PRECISION
+            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, C, PACKED, GATE, SIGNS, PRECISION
         )
         before = last
     if split == others:
@@ -486,24 +529,26 @@ def output_gradients(dy, y, scale, other, other_den, row_term, other_gradient, o
 
 @triton.jit
 def add_queries(rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy, scale, row_term, since, total,
-                PACKED: tl.constexpr, GATE: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                C: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of the state before a chunk from that of the state after it: `add_keys` the other way round.
 
     `begins` and `after` are the documents of the chunk's first token and of the first token after it.
     """
     keep = tl.exp(total)
     factor = scale[:, None]
-    term = row_term[:, None]
-    if GATE != "none":
+    term = row_term
+    if GATE == "head":
         read = tl.exp(since)
         factor = factor * read
-        term = term * read
+        term = term * tl.sum(read, 1)
+    if GATE == "feature":
+        qp = (qp * tl.exp(since)).to(dy.dtype)
     if PACKED:
         goes_on = begins == after
         keep = tl.where(goes_on, keep, 0.0)
         log_carry = tl.where(goes_on, log_carry, NOTHING)
         factor = tl.where((own == begins)[:, None], factor, 0.0)
-        term = tl.where((own == begins)[:, None], term, 0.0)
+        term = tl.where(own == begins, term, 0.0)
     if GATE != "none" or PACKED:
         rp *= keep[None, :]
         xp *= keep
@@ -512,10 +557,11 @@ def add_queries(rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy, scale
             xn *= keep
     gradients = tl.trans(dy)
     rp = tl.dot(gradients, (qp * factor).to(dy.dtype), rp, input_precision=PRECISION)
-    xp += tl.sum(qp * term, 0)
+    terms = ones_row(term, C, dy.dtype)
+    xp = tl.dot(terms, qp, xp, input_precision=PRECISION)
     if SIGNS == 2:
         rn = tl.dot(gradients, (qn * factor).to(dy.dtype), rn, input_precision=PRECISION)
-        xn += tl.sum(qn * term, 0)
+        xn = tl.dot(terms, qn, xn, input_precision=PRECISION)
     return rp, rn, xp, xn, log_carry + total
 
 
@@ -559,7 +605,7 @@ def add_up_splits_backwards(q, dy, gate, segments, query_weight, query_bias, sca
             bias = load_vector(query_bias + h * features, features, F)
     rp = tl.zeros((V, F), tl.float32)
     rn = rp
-    xp = tl.zeros((F,), tl.float32)
+    xp = tl.zeros((16, F), tl.float32)
     xn = xp
     log_carry = tl.zeros((E,), tl.float32)
     first_chunk = split * chunks_a_split
@@ -575,10 +621,10 @@ def add_up_splits_backwards(q, dy, gate, segments, query_weight, query_bias, sca
         inside = first + tl.arange(0, C) < length
         inverse = load_scale(scale, first, H, length, C, NORMALISED)
         term = load_column(row_term, first, H, length, C)
-        qp, qn, _u = map_features(q_tile, weight, bias, inside, features, MAP, True, F, PRECISION)
+        qp, qn, _u = map_features(q_tile, weight, bias, inside, features, MAP, True, F, SIGNS, PRECISION)
         rp, rn, xp, xn, log_carry = add_queries(
             rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy_tile, inverse, term, since, total,
-            PACKED, GATE, SIGNS, PRECISION,
+            C, PACKED, GATE, SIGNS, PRECISION,
         )  # fmt: skip
         after = begins
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split - 1
@@ -656,16 +702,17 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
         inside = first + tl.arange(0, C) < length
-        kp, kn, _u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, PRECISION)
-        qp, qn, u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, PRECISION)
+        kp, kn, _u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, SIGNS, PRECISION)
+        qp, qn, u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, SIGNS, PRECISION)
 
         d_score = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION) * inverse[:, None] + term[:, None]
         d_score = keep_pairs(d_score, own, since, C, PACKED, GATE, False)
-        dp = tl.dot(dy_tile, sp.to(dtype), input_precision=PRECISION) * inverse[:, None] + term[:, None] * zp[None, :]
+        dp = tl.dot(dy_tile, sp.to(dtype), input_precision=PRECISION) * inverse[:, None]
+        dp = add_outer(dp, term, zp, C, dtype, PRECISION)
         dn = dp
         if SIGNS == 2:
             dn = tl.dot(dy_tile, sn.to(dtype), input_precision=PRECISION) * inverse[:, None]
-            dn += term[:, None] * zn[None, :]
+            dn = add_outer(dn, term, zn, C, dtype, PRECISION)
         if GATE != "none":
             read = tl.exp(since)
             dp *= read
@@ -689,7 +736,7 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
             if SIGNS == 2:
                 own_term += tl.sum(qn * dn, 1)
             store_column(gate_term, own_term, first, H, length, C)
-        du = map_gradient(u, qp, qn, dp, dn, MAP, True)
+        du = map_gradient(u, qp, qn, dp, dn, MAP, True, SIGNS)
         if MAP == "none":
             store_rows(query_gradient, du, first, H * width, length, width, C, K)
         else:
@@ -699,7 +746,7 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
             if BIAS:
                 d_bias += tl.sum(du, 0)
         sp, sn, zp, zn, log_carry = add_keys(
-            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, PACKED, GATE, SIGNS, PRECISION
+            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, C, PACKED, GATE, SIGNS, PRECISION
         )
         before = last
     if MAP != "none":
@@ -786,9 +833,9 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             sp, sn, zp, zn = collect(
                 sums, carry, end_s + at_s, end_z + at_z, 0, 1, 0, 0, features, values, F, V, E, SIGNS, ENDED
             )
-        worth = tl.sum(sp * rp, 0) + zp * xp
+        worth = tl.sum(sp * rp, 0) + tl.sum(zp, 0) * tl.sum(xp, 0)
         if SIGNS == 2:
-            worth += tl.sum(sn * rn, 0) + zn * xn
+            worth += tl.sum(sn * rn, 0) + tl.sum(zn, 0) * tl.sum(xn, 0)
         if PACKED:
             ends = document(segments, (first_chunk + chunks) * C - 1, length, PACKED)
             worth = tl.where(ends == after, worth, 0.0)
@@ -811,8 +858,8 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
         own = documents(segments, first, length, C, PACKED)
         begins = document(segments, first, length, PACKED)
         inside = first + tl.arange(0, C) < length
-        kp, kn, u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, PRECISION)
-        qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, PRECISION)
+        kp, kn, u = map_features(k_tile, k_weight, k_bias, real, features, MAP, False, F, SIGNS, PRECISION)
+        qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, SIGNS, PRECISION)
 
         d_score = tl.dot(v_tile, tl.trans(dy_tile), input_precision=PRECISION) * inverse[None, :] + term[None, :]
         d_score = keep_pairs(d_score, own, since, C, PACKED, GATE, True)
@@ -821,10 +868,12 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             write = tl.exp(total[None, :] - since)
         if PACKED:
             write = tl.where((own == after)[:, None], write, 0.0)
-        dp = (tl.dot(v_tile, rp.to(dtype), input_precision=PRECISION) + xp[None, :]) * write
+        one = tl.full((C,), 1.0, tl.float32)
+        dp = add_outer(tl.dot(v_tile, rp.to(dtype), input_precision=PRECISION), one, xp, C, dtype, PRECISION) * write
         dn = dp
         if SIGNS == 2:
-            dn = (tl.dot(v_tile, rn.to(dtype), input_precision=PRECISION) + xn[None, :]) * write
+            dn = tl.dot(v_tile, rn.to(dtype), input_precision=PRECISION)
+            dn = add_outer(dn, one, xn, C, dtype, PRECISION) * write
         if GATE == "feature":
             near_q, near_k, far_q, far_k = feature_decays(since, total, half, C)
             near = tl.dot((kp * near_k).to(dtype), tl.trans((qp * near_q).to(dtype)), input_precision=PRECISION)
@@ -858,7 +907,7 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
                 change -= tl.sum(kn * dn, 1)
             store_column(gate_gradient, tl.cumsum(change, 0, reverse=True) + gate_sum, first, H, length, C)
             gate_sum += tl.sum(change, 0)
-        du = map_gradient(u, kp, kn, dp, dn, MAP, False)
+        du = map_gradient(u, kp, kn, dp, dn, MAP, False, SIGNS)
         if MAP == "none":
             store_rows(key_gradient, tl.where(real[:, None], du, 0.0), first, H * width, length, width, C, K)
         else:
@@ -870,7 +919,7 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
                 d_bias += tl.sum(du, 0)
         rp, rn, xp, xn, log_carry = add_queries(
             rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy_tile, inverse, term, since, total,
-            PACKED, GATE, SIGNS, PRECISION,
+            C, PACKED, GATE, SIGNS, PRECISION,
         )  # fmt: skip
         after = begins
     if MAP != "none":
