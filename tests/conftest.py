@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its interpreter then runs the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -26,6 +32,36 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 }
 
 torch.set_num_threads(1)  # tensors are tiny; two threads on a busy machine wait for each other, 100 times as long
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_knows_bfloat16() -> None:
+    """Triton's interpreter (3.6) cuts fp32 to bfloat16 where hardware rounds, and multiplies matrices of the 16-bit
+    integers that bfloat16 numbers are kept in.
+    """
+    if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
+        return
+    from triton.language import bfloat16, float32
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def widened(handle: Any) -> Any:
+        if handle.dtype.scalar != bfloat16:
+            return handle
+        return TensorHandle((handle.data.astype("uint32") << 16).view("float32"), float32)
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        return multiply(self, widened(left), widened(right), *rest)
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if source.dtype.scalar != float32 or target.scalar != bfloat16:
+            return cast(self, source, target)
+        rounded = torch.from_numpy(source.data.astype("float32")).to(torch.bfloat16)
+        return TensorHandle(rounded.view(torch.int16).numpy().view("uint16"), bfloat16)
+
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.cast_impl = cast_impl
 
 
 @pytest.fixture(scope="session")

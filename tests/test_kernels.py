@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from linearize_kernels import LinearState, linear_attention, linear_sums
+from linearize_kernels import LinearState, gated_linear_attention, linear_sums
 from linearize_kernels.gated_linear_attention import MIN_LOG_GATE
 from linearize_kernels.gated_linear_attention.chunk import chunk_linear_sums
 from linearize_kernels.gated_linear_attention.naive import naive_linear_attention, naive_linear_sums
@@ -106,7 +106,7 @@ def test_naive_is_the_definition() -> None:
 @pytest.mark.parametrize("length", LENGTHS)
 def test_chunk_equals_naive(heads: str, length: int) -> None:
     q, k, v = inputs(length, heads)
-    y, state = linear_attention(q, k, v)
+    y, state = gated_linear_attention(q, k, v)
     close(y, naive_linear_attention(q, k, v))
     groups = k.shape[2] // v.shape[2]
     close(state.s_BJFV, torch.einsum("btjf,btjv->bjfv", k, v.repeat_interleave(groups, 2)))
@@ -116,10 +116,10 @@ def test_chunk_equals_naive(heads: str, length: int) -> None:
 @pytest.mark.parametrize("heads", HEADS)
 def test_token_by_token_equals_naive(heads: str) -> None:
     q, k, v = inputs(65, heads)
-    y, state = linear_attention(q[:, :1], k[:, :1], v[:, :1])
+    y, state = gated_linear_attention(q[:, :1], k[:, :1], v[:, :1])
     found = [y]
     for t in range(1, 65):
-        y, state = linear_attention(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], state)
+        y, state = gated_linear_attention(q[:, t : t + 1], k[:, t : t + 1], v[:, t : t + 1], None, state)
         found.append(y)
     close(torch.cat(found, 1), naive_linear_attention(q, k, v))
 
@@ -129,10 +129,10 @@ def test_token_by_token_equals_naive(heads: str) -> None:
 def test_naive_sums_equal_the_loop(gate: str, packed: bool) -> None:
     q, k, v = inputs(70, "gqa3_shared_maps")
     log_gate, segments_BT = gates(70, 2, gate), segments(70) if packed else None
-    num, den = naive_linear_sums(q, k, v, log_gate, segments_BT)
-    expected = loop(q, k, v, log_gate, None, segments_BT)
-    close(num, expected[0])
-    close(den, expected[1])
+    for state in (None, some_state("gqa3_shared_maps")):
+        found = naive_linear_sums(q, k, v, log_gate, segments_BT, state)
+        for left, right in zip(flat(found), flat(loop(q, k, v, log_gate, state, segments_BT)), strict=True):
+            close(left, right)
 
 
 def check_sums(length: int, heads: str, gate: str, start: str) -> None:
@@ -224,7 +224,7 @@ def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(gate: str) -> 
     log_gate = gates(70, 6, gate)
     real = torch.ones(2, 70, 1, 1)
     real[0], real[1, :40] = 0, 0  # row 0 is empty, row 1 begins late
-    y, _ = linear_attention(q, k * real, v, log_gate=log_gate)
+    y, _ = gated_linear_attention(q, k * real, v, log_gate=log_gate)
     assert torch.equal(y[0], torch.zeros_like(y[0]))
     assert torch.equal(y[1, :40], torch.zeros_like(y[1, :40]))
     for gradient in torch.autograd.grad(y, [q, k, v], 1e6 * torch.randn_like(y)):
@@ -236,12 +236,12 @@ def test_rows_that_see_nothing_are_zero_and_have_finite_gradients(gate: str) -> 
 def test_packed_documents_are_separate(heads: str, length: int) -> None:
     q, k, v = inputs(length, heads)
     segments_BT = segments(length)
-    y, state = linear_attention(q, k, v, segments_BT=segments_BT)
+    y, state = gated_linear_attention(q, k, v, segments_BT=segments_BT)
     close(y, naive_linear_attention(q, k, v, segments_BT))
     for row in range(2):
         for document in segments_BT[row].unique():
             here = segments_BT[row] == document
-            alone, end = linear_attention(q[row : row + 1, here], k[row : row + 1, here], v[row : row + 1, here])
+            alone, end = gated_linear_attention(q[row : row + 1, here], k[row : row + 1, here], v[row : row + 1, here])
             close(y[row : row + 1, here], alone)
         close(state.s_BJFV[row], end.s_BJFV[0])  # what goes on is the last document's
         close(state.z_BJF[row], end.z_BJF[0])
@@ -252,7 +252,7 @@ def test_packed_documents_are_separate(heads: str, length: int) -> None:
 def test_split_anywhere_equals_whole(cuts: set[int], heads: str, gate: str, packed: bool) -> None:
     q, k, v = inputs(200, heads)
     log_gate, segments_BT = gates(200, k.shape[2], gate), segments(200) if packed else None
-    whole, end = linear_attention(q, k, v, None, segments_BT, log_gate)
+    whole, end = gated_linear_attention(q, k, v, log_gate, None, segments_BT)
     edges = [0, *sorted(cuts), 200]
     state, found = None, []
     for start, stop in zip(edges, edges[1:], strict=False):
@@ -261,7 +261,7 @@ def test_split_anywhere_equals_whole(cuts: set[int], heads: str, gate: str, pack
             goes_on = (segments(200)[:, start] == segments(200)[:, start - 1])[:, None, None]
             state = LinearState(state.s_BJFV * goes_on.unsqueeze(-1), state.z_BJF * goes_on)
         parts = (None if segments_BT is None else segments_BT[:, now], None if log_gate is None else log_gate[:, now])
-        y, state = linear_attention(q[:, now], k[:, now], v[:, now], state, *parts)
+        y, state = gated_linear_attention(q[:, now], k[:, now], v[:, now], parts[1], state, parts[0])
         found.append(y)
     assert state is not None
     close(torch.cat(found, 1), whole)
@@ -273,8 +273,8 @@ def test_split_anywhere_equals_whole(cuts: set[int], heads: str, gate: str, pack
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_state_is_fp32_and_output_has_the_dtype_of_the_values(length: int, dtype: torch.dtype) -> None:
     q, k, v = inputs(length, dtype=dtype)
-    y, state = linear_attention(q, k, v)
-    again, state_after = linear_attention(q[:, :1], k[:, :1], v[:, :1], state)
+    y, state = gated_linear_attention(q, k, v)
+    again, state_after = gated_linear_attention(q[:, :1], k[:, :1], v[:, :1], None, state)
     assert y.dtype == again.dtype == dtype
     assert {tensor.dtype for tensor in (*state, *state_after)} == {torch.float32}
 
@@ -285,7 +285,7 @@ def test_state_is_fp32_and_output_has_the_dtype_of_the_values(length: int, dtype
 def test_state_keeps_nothing_else_in_memory(length: int, packed: bool, gate: str) -> None:
     q, k, v = inputs(length, dtype=torch.float32)
     segments_BT = segments(length) if packed else None
-    _, state = linear_attention(q, k, v, None, segments_BT, gates(length, 6, gate))
+    _, state = gated_linear_attention(q, k, v, gates(length, 6, gate), None, segments_BT)
     for tensor in state:
         assert tensor.untyped_storage().nbytes() == tensor.nbytes
 
@@ -325,7 +325,7 @@ def test_gradcheck(heads: tuple[int, int, int], start: str, gate: str) -> None:
 def test_gradients_equal_those_of_naive(heads: str, packed: bool) -> None:
     tensors = [tensor.requires_grad_() for tensor in inputs(130, heads)]
     segments_BT = segments(130) if packed else None
-    y, _ = linear_attention(*tensors, segments_BT=segments_BT)
+    y, _ = gated_linear_attention(*tensors, segments_BT=segments_BT)
     expected = naive_linear_attention(*tensors, segments_BT)
     upstream = torch.randn_like(y)
     found = torch.autograd.grad(y, tensors, upstream)
@@ -344,7 +344,7 @@ def test_error_is_at_most_twice_that_of_eager_torch(heads: str, dtype: torch.dty
         return [y.detach(), *torch.autograd.grad(y, tensors, upstream.to(to))]
 
     exact = run(naive_linear_attention, torch.float64)
-    eager, ours = run(naive_linear_attention, dtype), run(linear_attention, dtype)
+    eager, ours = run(naive_linear_attention, dtype), run(gated_linear_attention, dtype)
     for wanted, reference, found in zip(exact, eager, ours, strict=True):
         assert torch.isfinite(found).all()
         error, allowed = ((tensor.double() - wanted).abs().max() for tensor in (found, reference))
@@ -356,12 +356,12 @@ def test_keys_of_zero_do_not_exist(length: int) -> None:
     q, k, v = inputs(length)
     real = torch.rand(length, generator=torch.Generator().manual_seed(3)) > 0.3
     real[0], real[-1] = True, False
-    y, state = linear_attention(q, k * real[:, None, None], v)
-    expected, end = linear_attention(q[:, real], k[:, real], v[:, real])
+    y, state = gated_linear_attention(q, k * real[:, None, None], v)
+    expected, end = gated_linear_attention(q[:, real], k[:, real], v[:, real])
     close(y[:, real], expected)
     close(state.s_BJFV, end.s_BJFV)
     close(state.z_BJF, end.z_BJF)
-    nothing, _ = linear_attention(q, torch.zeros_like(k), v)
+    nothing, _ = gated_linear_attention(q, torch.zeros_like(k), v)
     assert torch.equal(nothing, torch.zeros_like(nothing))
 
 
@@ -373,7 +373,7 @@ def test_no_quadratic_tensor(packed: bool, gate: str) -> None:
     log_gate = gates(length, 4, gate, batch=1)
     with Largest() as largest:
         segments_BT = segments(length)[:1] if packed else None
-        y, _ = linear_attention(q, k, v, None, segments_BT, log_gate)
+        y, _ = gated_linear_attention(q, k, v, log_gate, None, segments_BT)
         y.sum().backward()
     assert 0 < largest.elements < length * length / 4
     with Largest() as largest:

@@ -1,7 +1,18 @@
 """Operations of linear-attention students. Pure tensor functions: no modules, no transformers."""
 
 from linearize_kernels.causal_conv import causal_conv
-from linearize_kernels.gated_linear_attention import LinearState, linear_attention, linear_sums
+from linearize_kernels.gated_linear_attention import Branch, LinearState, gated_linear_attention, linear_sums
+from linearize_kernels.hedgehog_attention import hedgehog_attention
 from linearize_kernels.sliding_window import Sinks, WindowSums, window_sums
 
-__all__ = ["LinearState", "Sinks", "WindowSums", "causal_conv", "linear_attention", "linear_sums", "window_sums"]
+__all__ = [
+    "Branch",
+    "LinearState",
+    "Sinks",
+    "WindowSums",
+    "causal_conv",
+    "gated_linear_attention",
+    "hedgehog_attention",
+    "linear_sums",
+    "window_sums",
+]

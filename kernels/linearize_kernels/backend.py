@@ -1,7 +1,7 @@
 """Which implementation of an operation runs: the one place that decides.
 
-Triton on CUDA devices, torch everywhere else. `LINEARIZE_BACKEND` = triton or torch forces one. What was chosen for an
-operation, and why, is logged once (logger "linearize_kernels").
+Triton on CUDA devices, torch everywhere else. `LINEARIZE_BACKEND` = triton or torch forces one; Triton on a CPU needs
+its interpreter, TRITON_INTERPRET=1. What was chosen for an operation, and why, is logged once, by "linearize_kernels".
 """
 
 from __future__ import annotations
@@ -33,26 +33,29 @@ def uses_triton(operation: str, tensor: Tensor, *widths: int) -> bool:
     Raises:
         ValueError: where LINEARIZE_BACKEND is unknown, or asks for Triton where it cannot run.
     """
+    return _decide(operation, tensor.device.type, tensor.dtype, max(widths, default=0))
+
+
+@torch.compiler.assume_constant_result
+def _decide(operation: str, device: str, dtype: torch.dtype, width: int) -> bool:
     forced = os.environ.get(VARIABLE, "auto")
     if forced not in ("auto", "triton", "torch"):
         raise ValueError(f"{VARIABLE}={forced} is unknown; use triton, torch or auto")
     if forced == "torch":
         return _say(operation, False, f"{VARIABLE}=torch")
-    obstacle = _obstacle(tensor.device.type, tensor.dtype, max(widths, default=0))
-    if forced == "triton":
-        if obstacle:
-            raise ValueError(f"{VARIABLE}=triton, but {operation} cannot run there: {obstacle}; use torch or auto")
-        return _say(operation, True, f"{VARIABLE}=triton")
-    return _say(operation, not obstacle, obstacle or f"{tensor.device.type}, {tensor.dtype}")
+    obstacle = _obstacle(dtype, width)
+    if device != "cuda" and not (forced == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
+        obstacle = f"the tensors are on {device}"
+    if forced == "triton" and obstacle:
+        raise ValueError(f"{VARIABLE}=triton, but {operation} cannot run there: {obstacle}; use torch or auto")
+    return _say(operation, not obstacle, obstacle or f"{device}, {dtype}")
 
 
 @cache
-def _obstacle(device: str, dtype: torch.dtype, width: int) -> str:
+def _obstacle(dtype: torch.dtype, width: int) -> str:
     """Why Triton cannot run it; empty where it can."""
     if find_spec("triton") is None:
         return "triton is not installed"
-    if device != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"the tensors are on {device}"
     if dtype not in DTYPES:
         return f"the kernels are written for float32 and bfloat16, not for {dtype}"
     if width > MAX_WIDTH:

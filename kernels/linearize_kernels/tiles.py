@@ -1,8 +1,8 @@
 """Pieces that the Triton kernels share.
 
-Shape legend of the kernels: C tokens of a chunk, K head width, F features of one tile, V value width (powers of two, at
-least the real sizes), N splits of the sequence that are walked in parallel. Addresses are int64 wherever a batch, a head
-or a token is counted.
+Shape legend of the kernels: C tokens of a chunk, K head width, F features of one tile, V value width (powers of two,
+at least the real sizes), N splits of the sequence that are walked in parallel. Addresses are int64 wherever a batch, a
+head or a token is counted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ def load_rows(base, first, stride, length, width, C: tl.constexpr, X: tl.constex
     row = first + tl.arange(0, C)
     column = tl.arange(0, X)
     inside = ((row >= 0) & (row < length))[:, None]
-    if X != width:
+    if width != X:
         inside = inside & (column < width)[None, :]
     return tl.load(base + row.to(tl.int64)[:, None] * stride + column[None, :], mask=inside, other=0.0)
 
@@ -28,7 +28,7 @@ def store_rows(base, tile, first, stride, length, width, C: tl.constexpr, X: tl.
     row = first + tl.arange(0, C)
     column = tl.arange(0, X)
     inside = ((row >= 0) & (row < length))[:, None]
-    if X != width:
+    if width != X:
         inside = inside & (column < width)[None, :]
     place = base + row.to(tl.int64)[:, None] * stride + column[None, :]
     tl.store(place, tile.to(base.dtype.element_ty), mask=inside)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import HedgehogMap, Normalisation, feature_rows
-from linearize_kernels import LinearState, linear_attention
+from linearize_kernels import LinearState, hedgehog_attention
 
 
 class HedgehogConfig(MixerConfig):
@@ -52,17 +52,29 @@ class Hedgehog(StudentMixer):
         return 4 * self.shapes.query_heads * features * (self.shapes.value_width + 1)
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        q_BTHF, k_BTHF = self.features(heads)
-        linear_state = None if state is None else LinearState(*state)
-        return linear_attention(q_BTHF, k_BTHF, heads.v_BTGV, linear_state, heads.segments_BT)
+        q_BTHK, k_BTGK = self.positioned(heads)
+        return hedgehog_attention(
+            q_BTHK,
+            k_BTGK,
+            heads.v_BTGV,
+            self.query_map.weights(),
+            (self.key_map or self.query_map).weights(),
+            self.config.normalisation,
+            state=None if state is None else LinearState(*state),
+            segments_BT=heads.segments_BT,
+            mask_BT=heads.mask_BT,
+        )
+
+    def positioned(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
+        """Queries and keys as the maps read them."""
+        if self.config.rope and heads.rope is not None:
+            return heads.rope.rotate(heads.q_BTHK), heads.rope.rotate(heads.k_BTGK)
+        return heads.q_BTHK, heads.k_BTGK
 
     def features(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
         """Query and key features [B, T, H, 2F]; masked tokens have key features of 0."""
-        q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
-        if self.config.rope and heads.rope is not None:
-            q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
-        key_map = self.query_map if self.key_map is None else self.key_map
-        k_BTHF = key_map(k_BTGK, "key")
+        q_BTHK, k_BTGK = self.positioned(heads)
+        k_BTHF = (self.key_map or self.query_map)(k_BTGK, "key")
         if heads.mask_BT is not None:
             k_BTHF = k_BTHF * heads.mask_BT[:, :, None, None]
         return self.query_map(q_BTHK, "query"), k_BTHF

@@ -15,7 +15,7 @@ from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerStat
 from linearize.mixers.feature_maps import HedgehogMap, Normalisation
 from linearize.mixers.local import Local, LocalRows, attend, decayed_rows, local_state, local_state_bytes
 from linearize.mixers.timeline import Timeline, begin, tail_of
-from linearize_kernels import LinearState, causal_conv, linear_sums
+from linearize_kernels import LinearState, causal_conv, gated_linear_attention, linear_sums
 
 GATE_RANK, GATE_STD, EPSILON = 16, 0.006, 1e-10
 """Width of the gate's bottleneck, spread of its weights at the start, and what is added to the denominator: the values
@@ -109,15 +109,18 @@ class Lawcat(StudentMixer):
         q_BTHF, k_BTHF, after = self._features(heads, timeline, tails)
         linear_state = None if state is None else LinearState(*state[3:5])
         gate = self._log_gate(heads)
-        num_BTHV, den_BTH, linear = linear_sums(q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT)
-        new_state: MixerState = (*after, *linear)
-        if self.window_factor_H is not None:
+        read = (q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT)
+        if self.window_factor_H is None:
+            y_BTHV, linear = gated_linear_attention(*read, epsilon=EPSILON)
+            new_state: MixerState = (*after, *linear)
+        else:
+            num_BTHV, den_BTH, linear = linear_sums(*read)
             exact = attend(heads, timeline, self.local, None if state is None else local_state(state[5:]))
             near_H, far = self.window_factor_H.sigmoid(), float(self.linear_branch)
             num_BTHV = far * num_BTHV + near_H.unsqueeze(-1) * exact.sums.num_BTHV
             den_BTH = far * den_BTH + near_H * exact.sums.den_BTH
-            new_state = (*new_state, *exact.state)
-        y_BTHV = num_BTHV / (den_BTH + EPSILON).unsqueeze(-1)
+            new_state = (*after, *linear, *exact.state)
+            y_BTHV = num_BTHV / (den_BTH + EPSILON).unsqueeze(-1)
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), new_state
 
     def _features(self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None) -> tuple[Tensor, Tensor, _Tails]:

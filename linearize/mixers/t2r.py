@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import MIN_FEATURE, feature_rows, map_heads
-from linearize_kernels import LinearState, linear_attention
+from linearize_kernels import LinearState, gated_linear_attention
 
 
 class T2rConfig(MixerConfig):
@@ -64,7 +64,7 @@ class T2r(StudentMixer):
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         q_BTHF, k_BTHF = self._features(heads)
         linear_state = None if state is None else LinearState(*state)
-        return linear_attention(q_BTHF, k_BTHF, heads.v_BTGV, linear_state, heads.segments_BT)
+        return gated_linear_attention(q_BTHF, k_BTHF, heads.v_BTGV, None, linear_state, heads.segments_BT)
 
     def _features(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
         """Query and key features [B, T, H, F]; masked tokens have key features of 0."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from linearize.errors import RecipeError
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import feature_rows, map_heads
-from linearize_kernels import LinearState, linear_attention
+from linearize_kernels import LinearState, gated_linear_attention
 
 MAX_LENGTH = 16.0
 """Scaled queries and keys are shortened to this length, so that |s| <= 256. 1 + s + s^2/2 is at least 1/2, but fp32
@@ -74,7 +74,7 @@ class Taylor(StudentMixer):
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         q_BTHF, k_BTHF = self._features(heads)
         linear_state = None if state is None else LinearState(*state)
-        return linear_attention(q_BTHF, k_BTHF, heads.v_BTGV, linear_state, heads.segments_BT)
+        return gated_linear_attention(q_BTHF, k_BTHF, heads.v_BTGV, None, linear_state, heads.segments_BT)
 
     def _features(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
         """Query and key features [B, T, H, F]; masked tokens have key features of 0."""

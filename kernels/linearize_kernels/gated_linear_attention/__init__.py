@@ -10,16 +10,26 @@ F features, V value width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor
 
+from linearize_kernels.backend import uses_triton
 from linearize_kernels.gated_linear_attention.chunk import LinearState, chunk_linear_sums
 from linearize_kernels.gated_linear_attention.step import step_linear_sums
 
-__all__ = ["MIN_LOG_GATE", "LinearState", "linear_attention", "linear_sums"]
+__all__ = ["MIN_LOG_GATE", "Branch", "LinearState", "gated_linear_attention", "linear_sums", "merge"]
 
 MIN_LOG_GATE = -5.0
 """Decays per feature are cut here: a feature that keeps 0.7 % per token has forgotten. It bounds the exponents of the
 chunkwise form (decays per head need no bound: they enter as differences)."""
+
+
+class Branch(NamedTuple):
+    """Another branch that shares the denominator: its own normalised outputs, and what its denominator weighs."""
+
+    o_BTHV: Tensor
+    den_BTH: Tensor
 
 
 def linear_sums(
@@ -46,6 +56,8 @@ def linear_sums(
     Returns:
         num [B, T, H, V], den [B, T, H], both fp32 (fp64 for fp64), and the state after the last token.
     """
+    if _in_triton(q_BTHF, k_BTJF, v_BTGV, state):
+        return _walk(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT, None, 0.0, normalised=False)
     if log_gate is not None and log_gate.ndim == 4:
         log_gate = log_gate.clamp_min(MIN_LOG_GATE)
     if q_BTHF.shape[1] == 1 and state is not None:
@@ -53,20 +65,74 @@ def linear_sums(
     return chunk_linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
 
 
-def linear_attention(
+def gated_linear_attention(
     q_BTHF: Tensor,
     k_BTJF: Tensor,
     v_BTGV: Tensor,
+    log_gate: Tensor | None = None,
     state: LinearState | None = None,
     segments_BT: Tensor | None = None,
-    log_gate: Tensor | None = None,
+    *,
+    other: Branch | None = None,
+    epsilon: float = 0.0,
 ) -> tuple[Tensor, LinearState]:
-    """Normalised causal linear attention of non-negative features (arXiv 2006.16236): num / den of `linear_sums`.
+    """Normalised causal linear attention of non-negative features (arXiv 2006.16236), num / den of `linear_sums`.
+
+    Args:
+        other: another branch under the same denominator: y = (num + o d) / (den + d + epsilon).
+        epsilon: added to the denominator.
 
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
     """
-    num_BTHV, den_BTH, state = linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
+    if _in_triton(q_BTHF, k_BTJF, v_BTGV, state):
+        y_BTHV, _, state = _walk(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT, other, epsilon, normalised=True)
+        return y_BTHV, state
+    sums = linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
+    return merge(sums[0], sums[1], other, epsilon).to(v_BTGV.dtype), sums[2]
+
+
+def merge(num_BTHV: Tensor, den_BTH: Tensor, other: Branch | None = None, epsilon: float = 0.0) -> Tensor:
+    """num / den with another branch; 0 where nothing is seen."""
+    if other is not None:
+        num_BTHV = num_BTHV + other.o_BTHV * other.den_BTH.unsqueeze(-1)
+        den_BTH = den_BTH + other.den_BTH
+    if epsilon:
+        den_BTH = den_BTH + epsilon
     # not clamped: 1 / tiny would make the gradients of rows that see nothing infinite
-    y_BTHV = num_BTHV / den_BTH.masked_fill(den_BTH == 0, 1).unsqueeze(-1)
-    return y_BTHV.to(v_BTGV.dtype), state
+    return num_BTHV / den_BTH.masked_fill(den_BTH == 0, 1).unsqueeze(-1)
+
+
+def _in_triton(q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, state: LinearState | None) -> bool:
+    if q_BTHF.shape[1] == 1 and state is not None:
+        return False
+    return uses_triton("gated_linear_attention", v_BTGV, q_BTHF.shape[-1], v_BTGV.shape[-1])
+
+
+def _walk(
+    q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, log_gate: Tensor | None, state: LinearState | None,
+    segments_BT: Tensor | None, other: Branch | None, epsilon: float, *, normalised: bool,
+) -> tuple[Tensor, Tensor, LinearState]:  # fmt: skip
+    """In Triton, where every query head has a state of its own; features come in the dtype of v."""
+    from linearize_kernels.gated_linear_attention.launch import walk
+
+    dtype = v_BTGV.dtype
+    shared = q_BTHF.shape[2] // k_BTJF.shape[2]
+    s, z = (None, None) if state is None else (x.float().repeat_interleave(shared, dim=1) for x in state)
+    y, scale, end_s, end_z, _, _ = walk(
+        unit(q_BTHF.to(dtype)), unit(k_BTJF.to(dtype)), unit(v_BTGV),
+        None if log_gate is None else log_gate.contiguous(), None, contiguous(segments_BT), None, None, None, None,
+        None if other is None else other.o_BTHV.to(dtype).contiguous(),
+        None if other is None else other.den_BTH.float().contiguous(),
+        contiguous(s), contiguous(z), "none", normalised, epsilon,
+    )  # fmt: skip
+    return y, scale, LinearState(end_s[:, ::shared], end_z[:, ::shared])
+
+
+def unit(x: Tensor) -> Tensor:
+    """With neighbouring elements along the last dimension, as the kernels read them."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()

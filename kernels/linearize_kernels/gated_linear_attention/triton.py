@@ -72,7 +72,7 @@ def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
     plus = u
     minus = -u
     inside = tl.full((1, F), True, tl.int1)
-    if F != features:
+    if features != F:
         inside = (tl.arange(0, F) < features)[None, :]
         plus = tl.where(inside, plus, NOTHING)
         minus = tl.where(inside, minus, NOTHING)
@@ -97,7 +97,7 @@ def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
     else:
         p = tl.exp(tl.minimum(plus, MAX_EXPONENT))
         n = tl.exp(tl.minimum(minus, MAX_EXPONENT))
-    if F != features:
+    if features != F:
         p = tl.where(inside, p, 0.0)
         n = tl.where(inside, n, 0.0)
     if not QUERY:
@@ -205,7 +205,7 @@ def same_half(C: tl.constexpr):
 @triton.jit
 def collect(sums, carry, start_s, start_z, first, step, count, column, features: tl.constexpr, values: tl.constexpr,
             F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, SIGNS: tl.constexpr,
-            STARTED: tl.constexpr):  # fmt: skip
+            STARTED: tl.constexpr, TILED: tl.constexpr):  # fmt: skip
     """The running state from `start` on through `count` splits: first, first + step, ...
 
     Args:
@@ -222,10 +222,9 @@ def collect(sums, carry, start_s, start_z, first, step, count, column, features:
         zp = load_vector(start_z, features, F)
     sn = sp
     zn = zp
-    if SIGNS == 2:
-        if STARTED:
-            sn = load_matrix(start_s + features * values + column, 1, values, tile, features, V, F).to(tl.float32)
-            zn = load_vector(start_z + features, features, F)
+    if SIGNS == 2 and STARTED:
+        sn = load_matrix(start_s + features * values + column, 1, values, tile, features, V, F).to(tl.float32)
+        zn = load_vector(start_z + features, features, F)
     base = sums + first * (SIGNS * block)
     carry += first * E
     for _ in range(0, count):
@@ -237,12 +236,15 @@ def collect(sums, carry, start_s, start_z, first, step, count, column, features:
             zn = zn * keep + load_vector(base + block + values * features, features, F)
         base += step * (SIGNS * block)
         carry += step * E
-    return sp, sn, as_tile(zp, F), as_tile(zn, F)
+    if TILED:
+        zp = as_tile(zp, F)
+        zn = as_tile(zn, F)
+    return sp, sn, zp, zn
 
 
 @triton.jit
 def store_sums(base, sp, sn, zp, zn, column, features: tl.constexpr, values: tl.constexpr, F: tl.constexpr,
-               V: tl.constexpr, SIGNS: tl.constexpr):  # fmt: skip
+               V: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr):  # fmt: skip
     """One split's entry of `sums`; the normaliser once, with the first tile of values."""
     block: tl.constexpr = (values + 1) * features
     tile: tl.constexpr = V if values > V else values
@@ -250,23 +252,23 @@ def store_sums(base, sp, sn, zp, zn, column, features: tl.constexpr, values: tl.
     if SIGNS == 2:
         store_matrix(base + block + column * features, sn, features, 1, tile, features, V, F)
     if column == 0:
-        store_vector(base + values * features, tl.sum(zp, 0), features, F)
+        store_vector(base + values * features, as_vector(zp, TILED), features, F)
         if SIGNS == 2:
-            store_vector(base + block + values * features, tl.sum(zn, 0), features, F)
+            store_vector(base + block + values * features, as_vector(zn, TILED), features, F)
 
 
 @triton.jit
 def store_state(s, z, sp, sn, zp, zn, column, features: tl.constexpr, values: tl.constexpr, F: tl.constexpr,
-                V: tl.constexpr, SIGNS: tl.constexpr):  # fmt: skip
+                V: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr):  # fmt: skip
     """A head's state, [SIGNS * features, values] and [SIGNS * features]."""
     tile: tl.constexpr = V if values > V else values
     store_matrix(s + column, sp, 1, values, tile, features, V, F)
     if SIGNS == 2:
         store_matrix(s + features * values + column, sn, 1, values, tile, features, V, F)
     if column == 0:
-        store_vector(z, tl.sum(zp, 0), features, F)
+        store_vector(z, as_vector(zp, TILED), features, F)
         if SIGNS == 2:
-            store_vector(z + features, tl.sum(zn, 0), features, F)
+            store_vector(z + features, as_vector(zn, TILED), features, F)
 
 
 @triton.jit
@@ -279,25 +281,28 @@ def ones_row(vector, C: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def times_sum(x, tile, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x [C, F] times the sum of the rows of `tile` [16, F]: fp32 [C]."""
-    high = tile.to(dtype)
-    low = (tile - high.to(tl.float32)).to(dtype)
-    product = tl.dot(x, tl.trans(high), input_precision=PRECISION)
-    return tl.sum(tl.dot(x, tl.trans(low), product, input_precision=PRECISION), 1)
+def grow(z, x, weights, C: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr):
+    """z + sum_c weights_c x_c. A normaliser is a vector [F], or, TILED, the sum of the rows of a [16, F] tile, filled
+    by products: as a vector it takes a register for each of its columns, which wide states cannot spare.
+    """
+    if TILED:
+        z = tl.dot(ones_row(weights, C, x.dtype), x, z, input_precision=PRECISION)
+    else:
+        z = z + tl.sum(x.to(tl.float32) * weights[:, None], 0)
+    return z
 
 
 @triton.jit
-def add_outer(x, factor, tile, C: tl.constexpr, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x [C, F] + factor [C] times the sum of the rows of `tile` [16, F]."""
-    high = tile.to(dtype)
-    low = (tile - high.to(tl.float32)).to(dtype)
-    factor_high = factor.to(dtype)
-    factor_low = (factor - factor_high.to(tl.float32)).to(dtype)
-    left = tl.broadcast_to(factor_high[:, None], (C, 16))
-    x = tl.dot(left, high, x, input_precision=PRECISION)
-    x = tl.dot(left, low, x, input_precision=PRECISION)
-    return tl.dot(tl.broadcast_to(factor_low[:, None], (C, 16)), high, x, input_precision=PRECISION)
+def times(x, z, TILED: tl.constexpr, PRECISION: tl.constexpr):
+    """x [C, F] times a normaliser: fp32 [C]."""
+    if TILED:
+        high = z.to(x.dtype)
+        low = (z - high.to(tl.float32)).to(x.dtype)
+        product = tl.dot(x, tl.trans(high), input_precision=PRECISION)
+        result = tl.sum(tl.dot(x, tl.trans(low), product, input_precision=PRECISION), 1)
+    else:
+        result = tl.sum(x * z[None, :], 1)
+    return result
 
 
 @triton.jit
@@ -307,12 +312,20 @@ def as_tile(vector, F: tl.constexpr):
 
 
 @triton.jit
+def as_vector(z, TILED: tl.constexpr):
+    """A normaliser as [F]."""
+    if TILED:
+        z = tl.sum(z, 0)
+    return z
+
+
+@triton.jit
 def add_keys(sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v, since, total, C: tl.constexpr,
-             PACKED: tl.constexpr, GATE: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+             PACKED: tl.constexpr, GATE: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr,
+             PRECISION: tl.constexpr):  # fmt: skip
     """The running state after a chunk, and the log of what is left of the state at the split's start.
 
-    `before` and `last` are the documents of the last token before the chunk and of its own last token. The normalisers
-    are the sums of the rows of [16, F] tiles, filled by products: as vectors they would take a register for each column.
+    `before` and `last` are the documents of the last token before the chunk and of its own last token.
     """
     keep = tl.exp(total)
     if GATE != "none":
@@ -333,11 +346,11 @@ def add_keys(sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v, since, tot
             zn *= keep
     values = tl.trans(v)
     sp = tl.dot(values, kp, sp, input_precision=PRECISION)
-    count = ones_row(tl.full((C,), 1.0, tl.float32), C, v.dtype)
-    zp = tl.dot(count, kp, zp, input_precision=PRECISION)
+    one = tl.full((C,), 1.0, tl.float32)
+    zp = grow(zp, kp, one, C, TILED, PRECISION)
     if SIGNS == 2:
         sn = tl.dot(values, kn, sn, input_precision=PRECISION)
-        zn = tl.dot(count, kn, zn, input_precision=PRECISION)
+        zn = grow(zn, kn, one, C, TILED, PRECISION)
     return sp, sn, zp, zn, log_carry + total
 
 
@@ -348,7 +361,7 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
                   width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                   K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                   MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                  BIAS: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                  BIAS: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """What each split adds to the running state; grid (B * H, N - 1, value tiles): nobody asks for
     the last split's.
     """
@@ -367,13 +380,17 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
     weight = k
     bias = tl.zeros((F,), tl.float32)
     if MAP != "none":
-        weight = load_matrix(key_weight + h * width * features, features, 1, width, features, K, F).to(v.dtype.element_ty)
+        weight = load_matrix(key_weight + h * width * features, features, 1, width, features, K, F).to(
+            v.dtype.element_ty
+        )
         if BIAS:
             bias = load_vector(key_bias + h * features, features, F)
 
     sp = tl.zeros((V, F), tl.float32)
     sn = sp
-    zp = tl.zeros((16, F), tl.float32)
+    zp = tl.zeros((F,), tl.float32)
+    if TILED:
+        zp = as_tile(zp, F)
     zn = zp
     log_carry = tl.zeros((E,), tl.float32)
     first_chunk = split * chunks_a_split
@@ -388,12 +405,30 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
         last = document(segments, first + C - 1, length, PACKED)
         kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, SIGNS, PRECISION)
         sp, sn, zp, zn, log_carry = add_keys(
-            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, C, PACKED, GATE, SIGNS, PRECISION
+            sp,
+            sn,
+            zp,
+            zn,
+            log_carry,
+            own,
+            before,
+            last,
+            kp,
+            kn,
+            v_tile,
+            since,
+            total,
+            C,
+            PACKED,
+            GATE,
+            SIGNS,
+            TILED,
+            PRECISION,
         )
         before = last
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split
     block: tl.constexpr = SIGNS * (values + 1) * features
-    store_sums(sums + place * block, sp, sn, zp, zn, column, features, values, F, V, SIGNS)
+    store_sums(sums + place * block, sp, sn, zp, zn, column, features, values, F, V, SIGNS, TILED)
     tl.store(carry + place * E + tl.arange(0, E), log_carry)
 
 
@@ -406,8 +441,8 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
                  width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                  MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                 BIAS: tl.constexpr, SIGNS: tl.constexpr, STARTED: tl.constexpr, NORMALISED: tl.constexpr,
-                 OTHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 BIAS: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr, STARTED: tl.constexpr,
+                 NORMALISED: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """y [B, T, H, V] and scale = 1 / D [B, T, H] where NORMALISED, the numerator and D otherwise, and the state after
     the last token; grid (B * H, N, value tiles).
     """
@@ -447,8 +482,9 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
     block: tl.constexpr = SIGNS * (values + 1) * features
     others = tl.num_programs(1) - 1
     sp, sn, zp, zn = collect(
-        sums + head * others * block, carry + head * others * E, start_s + head * state * values, start_z + head * state,
-        0, 1, split, column, features, values, F, V, E, SIGNS, STARTED,
+        sums + head * others * block, carry + head * others * E,
+        start_s + head * state * values, start_z + head * state,
+        0, 1, split, column, features, values, F, V, E, SIGNS, STARTED, TILED,
     )  # fmt: skip
     first_chunk = split * chunks_a_split
     before = document(segments, first_chunk * C - 1, length, PACKED)
@@ -483,11 +519,12 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
         if PACKED:
             qp = tl.where((own == before)[:, None], qp, 0.0).to(dtype)
             qn = tl.where((own == before)[:, None], qn, 0.0).to(dtype)
-        den = tl.sum(score, 1) + times_sum(qp, zp, dtype, PRECISION)
-        num = tl.dot(score.to(dtype), v_tile, input_precision=PRECISION)
+        rounded = score.to(dtype)  # as the numerator reads it: what rounding adds or takes, it does to both
+        den = tl.sum(rounded.to(tl.float32), 1) + times(qp, zp, TILED, PRECISION)
+        num = tl.dot(rounded, v_tile, input_precision=PRECISION)
         num = tl.dot(qp, tl.trans(sp.to(dtype)), num, input_precision=PRECISION)
         if SIGNS == 2:
-            den += times_sum(qn, zn, dtype, PRECISION)
+            den += times(qn, zn, TILED, PRECISION)
             num = tl.dot(qn, tl.trans(sn.to(dtype)), num, input_precision=PRECISION)
         if OTHER:
             weight = load_column(other_den, first, H, length, C)
@@ -501,12 +538,42 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
         if column == 0:
             store_column(scale, den, first, H, length, C)
         sp, sn, zp, zn, log_carry = add_keys(
-            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, C, PACKED, GATE, SIGNS, PRECISION
+            sp,
+            sn,
+            zp,
+            zn,
+            log_carry,
+            own,
+            before,
+            last,
+            kp,
+            kn,
+            v_tile,
+            since,
+            total,
+            C,
+            PACKED,
+            GATE,
+            SIGNS,
+            TILED,
+            PRECISION,
         )
         before = last
     if split == others:
         store_state(
-            end_s + head * state * values, end_z + head * state, sp, sn, zp, zn, column, features, values, F, V, SIGNS
+            end_s + head * state * values,
+            end_z + head * state,
+            sp,
+            sn,
+            zp,
+            zn,
+            column,
+            features,
+            values,
+            F,
+            V,
+            SIGNS,
+            TILED,
         )
 
 
@@ -529,7 +596,8 @@ def output_gradients(dy, y, scale, other, other_den, row_term, other_gradient, o
 
 @triton.jit
 def add_queries(rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy, scale, row_term, since, total,
-                C: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                C: tl.constexpr, PACKED: tl.constexpr, GATE: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr,
+                PRECISION: tl.constexpr):  # fmt: skip
     """Gradient of the state before a chunk from that of the state after it: `add_keys` the other way round.
 
     `begins` and `after` are the documents of the chunk's first token and of the first token after it.
@@ -557,11 +625,10 @@ def add_queries(rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy, scale
             xn *= keep
     gradients = tl.trans(dy)
     rp = tl.dot(gradients, (qp * factor).to(dy.dtype), rp, input_precision=PRECISION)
-    terms = ones_row(term, C, dy.dtype)
-    xp = tl.dot(terms, qp, xp, input_precision=PRECISION)
+    xp = grow(xp, qp, term, C, TILED, PRECISION)
     if SIGNS == 2:
         rn = tl.dot(gradients, (qn * factor).to(dy.dtype), rn, input_precision=PRECISION)
-        xn = tl.dot(terms, qn, xn, input_precision=PRECISION)
+        xn = grow(xn, qn, term, C, TILED, PRECISION)
     return rp, rn, xp, xn, log_carry + total
 
 
@@ -582,7 +649,8 @@ def add_up_splits_backwards(q, dy, gate, segments, query_weight, query_bias, sca
                             width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                             K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                             MAP: tl.constexpr, GATE: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
-                            SIGNS: tl.constexpr, NORMALISED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                            SIGNS: tl.constexpr, TILED: tl.constexpr, NORMALISED: tl.constexpr,
+                            PRECISION: tl.constexpr):  # fmt: skip
     """What each split adds to the gradient of the state before it; grid (B * H, N - 1): nobody asks for the first's."""
     b = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
@@ -605,7 +673,9 @@ def add_up_splits_backwards(q, dy, gate, segments, query_weight, query_bias, sca
             bias = load_vector(query_bias + h * features, features, F)
     rp = tl.zeros((V, F), tl.float32)
     rn = rp
-    xp = tl.zeros((16, F), tl.float32)
+    xp = tl.zeros((F,), tl.float32)
+    if TILED:
+        xp = as_tile(xp, F)
     xn = xp
     log_carry = tl.zeros((E,), tl.float32)
     first_chunk = split * chunks_a_split
@@ -624,12 +694,12 @@ def add_up_splits_backwards(q, dy, gate, segments, query_weight, query_bias, sca
         qp, qn, _u = map_features(q_tile, weight, bias, inside, features, MAP, True, F, SIGNS, PRECISION)
         rp, rn, xp, xn, log_carry = add_queries(
             rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy_tile, inverse, term, since, total,
-            C, PACKED, GATE, SIGNS, PRECISION,
+            C, PACKED, GATE, SIGNS, TILED, PRECISION,
         )  # fmt: skip
         after = begins
     place = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + split - 1
     block: tl.constexpr = SIGNS * (values + 1) * features
-    store_sums(sums + place * block, rp, rn, xp, xn, 0, features, values, F, V, SIGNS)
+    store_sums(sums + place * block, rp, rn, xp, xn, 0, features, values, F, V, SIGNS, TILED)
     tl.store(carry + place * E + tl.arange(0, E), log_carry)
 
 
@@ -643,9 +713,9 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
                          width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                          K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                          MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                         BIAS: tl.constexpr, SIGNS: tl.constexpr, STARTED: tl.constexpr, NORMALISED: tl.constexpr,
-                         PRECISION: tl.constexpr):  # fmt: skip
-    """dq [B, T, H, K], each split's share of the map's gradients, and a_t . da_t where there are gates; grid (B * H, N)."""
+                         BIAS: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr, STARTED: tl.constexpr,
+                         NORMALISED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dq [B, T, H, K], each split's share of the map's gradients, a_t . da_t where there are gates; grid (B * H, N)."""
     b = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
     split = tl.program_id(1)
@@ -683,8 +753,9 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
     block: tl.constexpr = SIGNS * (values + 1) * features
     others = tl.num_programs(1) - 1
     sp, sn, zp, zn = collect(
-        sums + head * others * block, carry + head * others * E, start_s + head * state * values, start_z + head * state,
-        0, 1, split, 0, features, values, F, V, E, SIGNS, STARTED,
+        sums + head * others * block, carry + head * others * E,
+        start_s + head * state * values, start_z + head * state,
+        0, 1, split, 0, features, values, F, V, E, SIGNS, STARTED, TILED,
     )  # fmt: skip
     first_chunk = split * chunks_a_split
     before = document(segments, first_chunk * C - 1, length, PACKED)
@@ -707,12 +778,11 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
 
         d_score = tl.dot(dy_tile, tl.trans(v_tile), input_precision=PRECISION) * inverse[:, None] + term[:, None]
         d_score = keep_pairs(d_score, own, since, C, PACKED, GATE, False)
-        dp = tl.dot(dy_tile, sp.to(dtype), input_precision=PRECISION) * inverse[:, None]
-        dp = add_outer(dp, term, zp, C, dtype, PRECISION)
+        dp = tl.dot(dy_tile, sp.to(dtype), input_precision=PRECISION) * inverse[:, None] + term[:, None] * zp[None, :]
         dn = dp
         if SIGNS == 2:
             dn = tl.dot(dy_tile, sn.to(dtype), input_precision=PRECISION) * inverse[:, None]
-            dn = add_outer(dn, term, zn, C, dtype, PRECISION)
+            dn += term[:, None] * zn[None, :]
         if GATE != "none":
             read = tl.exp(since)
             dp *= read
@@ -746,7 +816,25 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
             if BIAS:
                 d_bias += tl.sum(du, 0)
         sp, sn, zp, zn, log_carry = add_keys(
-            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, C, PACKED, GATE, SIGNS, PRECISION
+            sp,
+            sn,
+            zp,
+            zn,
+            log_carry,
+            own,
+            before,
+            last,
+            kp,
+            kn,
+            v_tile,
+            since,
+            total,
+            C,
+            PACKED,
+            GATE,
+            SIGNS,
+            TILED,
+            PRECISION,
         )
         before = last
     if MAP != "none":
@@ -768,8 +856,8 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
                        width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                        K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                        MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                       BIAS: tl.constexpr, SIGNS: tl.constexpr, STARTED: tl.constexpr, ENDED: tl.constexpr,
-                       NORMALISED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                       BIAS: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr, STARTED: tl.constexpr,
+                       ENDED: tl.constexpr, NORMALISED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """dk [B, T, H, K], dv [B, T, H, V] and the log decay's gradient, per query head, each split's share of the map's
     gradients, and those of the state before the first token; from the end to the start; grid (B * H, N).
     """
@@ -815,7 +903,7 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
     at_z = head * state
     rp, rn, xp, xn = collect(
         back_sums + head * others * block, back_carry + head * others * E, end_s_gradient + at_s, end_z_gradient + at_z,
-        others - 1, -1, others - split, 0, features, values, F, V, E, SIGNS, ENDED,
+        others - 1, -1, others - split, 0, features, values, F, V, E, SIGNS, ENDED, TILED,
     )  # fmt: skip
     first_chunk = split * chunks_a_split
     chunks = tl.minimum(chunks_a_split, tl.cdiv(length, C) - first_chunk)
@@ -827,15 +915,15 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
         if split < others:
             sp, sn, zp, zn = collect(
                 sums + head * others * block, carry + head * others * E, start_s + at_s, start_z + at_z,
-                0, 1, split + 1, 0, features, values, F, V, E, SIGNS, STARTED,
+                0, 1, split + 1, 0, features, values, F, V, E, SIGNS, STARTED, TILED,
             )  # fmt: skip
         else:
             sp, sn, zp, zn = collect(
-                sums, carry, end_s + at_s, end_z + at_z, 0, 1, 0, 0, features, values, F, V, E, SIGNS, ENDED
+                sums, carry, end_s + at_s, end_z + at_z, 0, 1, 0, 0, features, values, F, V, E, SIGNS, ENDED, TILED
             )
-        worth = tl.sum(sp * rp, 0) + tl.sum(zp, 0) * tl.sum(xp, 0)
+        worth = tl.sum(sp * rp, 0) + zp * xp
         if SIGNS == 2:
-            worth += tl.sum(sn * rn, 0) + tl.sum(zn, 0) * tl.sum(xn, 0)
+            worth += tl.sum(sn * rn, 0) + zn * xn
         if PACKED:
             ends = document(segments, (first_chunk + chunks) * C - 1, length, PACKED)
             worth = tl.where(ends == after, worth, 0.0)
@@ -868,12 +956,10 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             write = tl.exp(total[None, :] - since)
         if PACKED:
             write = tl.where((own == after)[:, None], write, 0.0)
-        one = tl.full((C,), 1.0, tl.float32)
-        dp = add_outer(tl.dot(v_tile, rp.to(dtype), input_precision=PRECISION), one, xp, C, dtype, PRECISION) * write
+        dp = (tl.dot(v_tile, rp.to(dtype), input_precision=PRECISION) + xp[None, :]) * write
         dn = dp
         if SIGNS == 2:
-            dn = tl.dot(v_tile, rn.to(dtype), input_precision=PRECISION)
-            dn = add_outer(dn, one, xn, C, dtype, PRECISION) * write
+            dn = (tl.dot(v_tile, rn.to(dtype), input_precision=PRECISION) + xn[None, :]) * write
         if GATE == "feature":
             near_q, near_k, far_q, far_k = feature_decays(since, total, half, C)
             near = tl.dot((kp * near_k).to(dtype), tl.trans((qp * near_q).to(dtype)), input_precision=PRECISION)
@@ -919,7 +1005,7 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
                 d_bias += tl.sum(du, 0)
         rp, rn, xp, xn, log_carry = add_queries(
             rp, rn, xp, xn, log_carry, own, after, begins, qp, qn, dy_tile, inverse, term, since, total,
-            C, PACKED, GATE, SIGNS, PRECISION,
+            C, PACKED, GATE, SIGNS, TILED, PRECISION,
         )  # fmt: skip
         after = begins
     if MAP != "none":
@@ -927,8 +1013,19 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
         store_matrix(weight_gradient + place * width * features, d_weight, features, 1, width, features, K, F)
         if BIAS:
             store_vector(bias_gradient + place * features, d_bias, features, F)
-    if STARTED:
-        if split == 0:
-            store_state(
-                start_s_gradient + at_s, start_z_gradient + at_z, rp, rn, xp, xn, 0, features, values, F, V, SIGNS
-            )
+    if STARTED and split == 0:
+        store_state(
+            start_s_gradient + at_s,
+            start_z_gradient + at_z,
+            rp,
+            rn,
+            xp,
+            xn,
+            0,
+            features,
+            values,
+            F,
+            V,
+            SIGNS,
+            TILED,
+        )

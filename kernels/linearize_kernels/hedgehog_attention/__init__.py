@@ -1,0 +1,90 @@
+"""Hedgehog attention (arXiv 2402.04347): learned feature maps and normalised linear attention in one operation.
+
+    y_t = sum_j<=t phi_q(q_t).phi_k(k_j) v_j / sum_j<=t phi_q(q_t).phi_k(k_j),  phi(x) = [f(xW + b) ; f(-(xW + b))]
+
+with an optional decay per head and another branch under the same denominator. On a GPU neither features nor running
+states of the whole sequence go through memory.
+
+Shape legend: B batch, T tokens, H query heads with a map each, G key/value heads (H = G * N), K head width, F features
+per sign, V value width.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from linearize_kernels.backend import uses_triton
+from linearize_kernels.gated_linear_attention import (
+    Branch,
+    LinearState,
+    contiguous,
+    gated_linear_attention,
+    unit,
+)
+from linearize_kernels.hedgehog_attention.maps import FeatureMap, Map, hedgehog_features, map_heads
+
+__all__ = ["FeatureMap", "Map", "hedgehog_attention", "hedgehog_features", "map_heads"]
+
+
+def hedgehog_attention(
+    q_BTHK: Tensor,
+    k_BTGK: Tensor,
+    v_BTGV: Tensor,
+    query_map: Map,
+    key_map: Map,
+    feature_map: FeatureMap = "softmax",
+    log_gate_BTH: Tensor | None = None,
+    state: LinearState | None = None,
+    segments_BT: Tensor | None = None,
+    mask_BT: Tensor | None = None,
+    *,
+    other: Branch | None = None,
+) -> tuple[Tensor, LinearState]:
+    """Causal, in linear time; memory of the size of the inputs.
+
+    Args:
+        q_BTHK, k_BTGK, v_BTGV: heads; query head h reads key and value head h // (H // G).
+        query_map, key_map: weights [H, K, F] and biases [H, F] or None of the maps.
+        feature_map: which f, see `hedgehog_features`.
+        log_gate_BTH: log decay per head, <= 0, applied before the token is written.
+        state: sums [B, H, 2F, V] and [B, H, 2F] of the tokens before; None at the start.
+        segments_BT: document number of each token, non-decreasing along T; documents do not see each other.
+        mask_BT: False = this token has no key.
+        other: another branch under the same denominator, see `gated_linear_attention`.
+
+    Returns:
+        y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
+    """
+    widths = (q_BTHK.shape[-1], query_map.weight_HKF.shape[-1], v_BTGV.shape[-1])
+    decodes = q_BTHK.shape[1] == 1 and state is not None
+    if not decodes and uses_triton("hedgehog_attention", v_BTGV, *widths):
+        return _walk(
+            q_BTHK, k_BTGK, v_BTGV, query_map, key_map, feature_map, log_gate_BTH, state, segments_BT, mask_BT, other
+        )
+    q_BTHF = hedgehog_features(q_BTHK, *query_map, feature_map, "query")
+    k_BTHF = hedgehog_features(k_BTGK, *key_map, feature_map, "key")
+    if mask_BT is not None:
+        k_BTHF = k_BTHF * mask_BT[:, :, None, None]
+    return gated_linear_attention(q_BTHF, k_BTHF, v_BTGV, log_gate_BTH, state, segments_BT, other=other)
+
+
+def _walk(
+    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, query_map: Map, key_map: Map, feature_map: FeatureMap,
+    log_gate_BTH: Tensor | None, state: LinearState | None, segments_BT: Tensor | None, mask_BT: Tensor | None,
+    other: Branch | None,
+) -> tuple[Tensor, LinearState]:  # fmt: skip
+    from linearize_kernels.gated_linear_attention.launch import walk
+
+    dtype = v_BTGV.dtype
+    y, _, end_s, end_z, _, _ = walk(
+        unit(q_BTHK.to(dtype)), unit(k_BTGK.to(dtype)), unit(v_BTGV),
+        contiguous(log_gate_BTH), contiguous(mask_BT), contiguous(segments_BT),
+        query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
+        contiguous(query_map.bias_HF), contiguous(key_map.bias_HF),
+        None if other is None else other.o_BTHV.to(dtype).contiguous(),
+        None if other is None else other.den_BTH.float().contiguous(),
+        None if state is None else state.s_BJFV.float().contiguous(),
+        None if state is None else state.z_BJF.float().contiguous(),
+        feature_map, True, 0.0,
+    )  # fmt: skip
+    return y, LinearState(end_s, end_z)
