@@ -194,7 +194,7 @@ def test_hedgehog(case: tuple[Any, ...], feature_map: str, dtype: torch.dtype, m
     if started:
         tensors |= {"s": torch.rand(2, heads, 2 * features, values), "z": torch.rand(2, heads, 2 * features)}
     if other:
-        tensors |= {"o": torch.randn(2, length, heads, values), "d": torch.rand(2, length, heads)}
+        tensors |= {"o": torch.randn(2, length, heads, values), "d": 0.2 + torch.rand(2, length, heads)}
     tensors = {name: x.to(DEVICE) for name, x in tensors.items()}
     mask = None
     if masked:

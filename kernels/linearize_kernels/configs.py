@@ -1,7 +1,7 @@
 """How each kernel is launched: tokens of a chunk, warps, pipeline stages, by shape class.
 
 `configs.json` is written by scripts/tune_kernels.py, which checks every candidate against the reference on the device
-before it may win. Shapes that were not tuned get the nearest default below. No autotuner runs in the hot path.
+before it may win. Shapes that were not tuned get the defaults below. No autotuner runs in the hot path.
 """
 
 from __future__ import annotations
@@ -29,21 +29,32 @@ overrides: dict[str, Launch] = {}
 """By kernel name, for the tuner and for tests."""
 
 
+def key(kernel: str, dtype: torch.dtype, width: int, variant: str) -> str:
+    """The shape class: `width` is the widest of key, value and features, as padded."""
+    return f"{kernel} {'bf16' if dtype == torch.bfloat16 else 'fp32'} {width} {variant}"
+
+
 def launch(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch:
-    """How to launch `kernel` on heads of `width` (the widest of key, value and features, as padded)."""
+    """How to launch `kernel` on heads of this shape class."""
     if kernel in overrides:
         return overrides[kernel]
-    bits = "bf16" if dtype == torch.bfloat16 else "fp32"
-    found = _table().get(f"{kernel} {bits} {width} {variant}")
-    if found is not None:
-        return found
+    found = _table().get(key(kernel, dtype, width, variant))
+    return found or _default(kernel, dtype, width)
+
+
+def _default(kernel: str, dtype: torch.dtype, width: int) -> Launch:
+    """What was fastest on an H100 for widths of 64 and 128; smaller tiles for fp32 and for wider heads."""
     if dtype != torch.bfloat16:
-        return Launch(32, 4, 1)
-    return Launch(64, 8 if width > 64 or "gradient" in kernel else 4, 1)
+        return Launch(32 if width <= 64 else 16, 4 if width <= 64 else 8, 1)
+    if "gradients" in kernel:
+        return Launch(32, 4, 2) if width <= 64 else Launch(32, 8, 1) if width <= 128 else Launch(16, 8, 1)
+    if width <= 64:
+        return Launch(64, 4, 2)
+    return Launch(128, 8, 1) if width <= 128 else Launch(64, 8, 1, 64)
 
 
 @cache
 def _table() -> dict[str, Launch]:
     if not TABLE.is_file():
         return {}
-    return {key: Launch(*value) for key, value in json.loads(TABLE.read_text()).items()}
+    return {name: Launch(*value) for name, value in json.loads(TABLE.read_text()).items()}
