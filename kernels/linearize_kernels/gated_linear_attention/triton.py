@@ -783,24 +783,30 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
         if SIGNS == 2:
             dn = tl.dot(dy_tile, sn.to(dtype), input_precision=PRECISION) * inverse[:, None]
             dn += term[:, None] * zn[None, :]
-        if GATE != "none":
-            read = tl.exp(since)
-            dp *= read
-            dn *= read
         if PACKED:
             dp = tl.where((own == before)[:, None], dp, 0.0)
             dn = tl.where((own == before)[:, None], dn, 0.0)
         if GATE == "feature":
+            # the gate's gradient is a sum of differences: both sides read features as the scores were made of them
             near_q, near_k, far_q, far_k = feature_decays(since, total, half, C)
+            read = tl.exp(since)
+            own_term = (qp * read).to(dtype) * dp
+            dp *= read
             near = tl.where(same_half(C), d_score, 0.0).to(dtype)
-            dp += near_q * tl.dot(near, (kp * near_k).to(dtype), input_precision=PRECISION)
-            dp += far_q * tl.dot(d_score.to(dtype), (kp * far_k).to(dtype), input_precision=PRECISION)
+            near = tl.dot(near, (kp * near_k).to(dtype), input_precision=PRECISION)
+            own_term += (qp * near_q).to(dtype) * near
+            dp += near_q * near
+            far = tl.dot(d_score.to(dtype), (kp * far_k).to(dtype), input_precision=PRECISION)
+            own_term += (qp * far_q).to(dtype) * far
+            dp += far_q * far
+            store_rows(gate_term, own_term, first, H * gate_width, length, features, C, F)
         else:
+            if GATE == "head":
+                dp *= tl.exp(since)
+                dn *= tl.exp(since)
             dp = tl.dot(d_score.to(dtype), kp, dp, input_precision=PRECISION)
             if SIGNS == 2:
                 dn = tl.dot(d_score.to(dtype), kn, dn, input_precision=PRECISION)
-        if GATE == "feature":
-            store_rows(gate_term, qp * dp, first, H * gate_width, length, features, C, F)
         if GATE == "head":
             own_term = tl.sum(qp * dp, 1)
             if SIGNS == 2:
@@ -956,7 +962,8 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             write = tl.exp(total[None, :] - since)
         if PACKED:
             write = tl.where((own == after)[:, None], write, 0.0)
-        dp = (tl.dot(v_tile, rp.to(dtype), input_precision=PRECISION) + xp[None, :]) * write
+        behind = tl.dot(v_tile, rp.to(dtype), input_precision=PRECISION) + xp[None, :]
+        dp = behind * write
         dn = dp
         if SIGNS == 2:
             dn = (tl.dot(v_tile, rn.to(dtype), input_precision=PRECISION) + xn[None, :]) * write
@@ -965,9 +972,14 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             near = tl.dot((kp * near_k).to(dtype), tl.trans((qp * near_q).to(dtype)), input_precision=PRECISION)
             far = tl.dot((kp * far_k).to(dtype), tl.trans((qp * far_q).to(dtype)), input_precision=PRECISION)
             score = tl.where(same_half(C), near, far)
+            own_term = (kp * write).to(dtype) * behind
             d_near = tl.where(same_half(C), d_score, 0.0).to(dtype)
-            dp += near_k * tl.dot(d_near, (qp * near_q).to(dtype), input_precision=PRECISION)
-            dp += far_k * tl.dot(d_score.to(dtype), (qp * far_q).to(dtype), input_precision=PRECISION)
+            d_near = tl.dot(d_near, (qp * near_q).to(dtype), input_precision=PRECISION)
+            own_term += (kp * near_k).to(dtype) * d_near
+            dp += near_k * d_near
+            d_far = tl.dot(d_score.to(dtype), (qp * far_q).to(dtype), input_precision=PRECISION)
+            own_term += (kp * far_k).to(dtype) * d_far
+            dp += far_k * d_far
         else:
             score = tl.dot(kp, tl.trans(qp), input_precision=PRECISION)
             dp = tl.dot(d_score.to(dtype), qp, dp, input_precision=PRECISION)
@@ -981,7 +993,7 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             d_value = tl.dot((kn * write).to(dtype), tl.trans(rn.to(dtype)), d_value, input_precision=PRECISION)
         store_rows(value_gradient, d_value, first, H * values, length, values, C, V)
         if GATE == "feature":
-            change = load_rows(gate_term, first, H * gate_width, length, features, C, F) - kp * dp
+            change = load_rows(gate_term, first, H * gate_width, length, features, C, F) - own_term
             d_gate = tl.cumsum(change, 0, reverse=True) + gate_sum[None, :]
             raw = load_rows(gate, first, GH * gate_width, length, features, C, F)
             d_gate = tl.where(raw > MIN_LOG_GATE, d_gate, 0.0)

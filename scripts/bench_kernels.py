@@ -1,0 +1,263 @@
+"""Time the kernels beside the libraries, all in one run on one GPU.
+
+    python scripts/bench_kernels.py --out out/kernels
+
+Ours, flash-linear-attention (when it is installed), torch's SDPA with flash attention and with cuDNN: milliseconds,
+the share of it that moving the inputs and outputs once would take, and peak memory. Ceilings (a device copy, a matrix
+product) are measured in the same run. Then prefill of a whole student of SmolLM2-135M's shape against its teacher,
+random weights. Writes results.json and time.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from linearize_kernels import gated_linear_attention, hedgehog_attention
+from linearize_kernels.hedgehog_attention import Map
+
+Call = Callable[[], Tensor]
+
+SHAPES = {  # B, H, G, D, T
+    "B4 H16 D64 T8192": (4, 16, 16, 64, 8192),
+    "B8 H16 D64 T2048": (8, 16, 16, 64, 2048),
+    "B1 H16 D64 T32768": (1, 16, 16, 64, 32768),
+    "B1 H32 D128 T32768": (1, 32, 32, 128, 32768),
+    "B4 H32 D128 T2048": (4, 32, 32, 128, 2048),
+    "B4 H9/3 D64 T8192": (4, 9, 3, 64, 8192),
+    "B1 H32/8 D128 T8192": (1, 32, 8, 128, 8192),
+}
+BACKWARD = ("B4 H16 D64 T8192", "B8 H16 D64 T2048", "B4 H9/3 D64 T8192")
+CURVE = (1024, 2048, 4096, 8192, 16384, 32768)
+
+
+def median(call: Callable[[], Any]) -> float:
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=25, rep=100, return_mode="median"))
+
+
+def ceilings() -> dict[str, float]:
+    """Bytes and floating-point operations per second that this GPU reaches."""
+    source = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    copy = median(lambda: target.copy_(source))
+    left, right = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = median(lambda: left @ right)
+    return {"copy_tb_s": 2 * source.numel() / copy / 1e9, "matmul_tflop_s": 2 * 8192**3 / product / 1e9}
+
+
+def contenders(shape: tuple[int, int, int, int, int]) -> dict[str, tuple[Call, list[Tensor], int]]:
+    """By name: the call, what gets gradients, and the bytes of its inputs and outputs."""
+    batch, heads, groups, width, length = shape
+
+    def new(count: int, *rest: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        return torch.randn(batch, length, count, *rest, device="cuda", dtype=dtype).requires_grad_()
+
+    q, k, v = new(heads, width), new(groups, width), new(groups, width)
+    moved = 2 * batch * length * width * (2 * heads + 2 * groups)
+    maps = [(torch.randn(heads, width, width, device="cuda") * width**-0.5).requires_grad_() for _ in range(2)]
+    gate = (-0.1 * torch.rand(batch, length, groups, width, device="cuda")).requires_grad_()
+    features = [x.detach().abs().requires_grad_() for x in (q, k)]
+    found: dict[str, tuple[Call, list[Tensor], int]] = {
+        "hedgehog": (
+            lambda: hedgehog_attention(q, k, v, Map(maps[0]), Map(maps[1]))[0],
+            [q, k, v, *maps],
+            moved,
+        ),
+        "per-channel decay + normaliser": (
+            lambda: gated_linear_attention(*features, v, gate)[0],
+            [*features, v, gate],
+            moved + 4 * gate.numel(),
+        ),
+    }
+    rows = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+    for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
+
+        def softmax(backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=groups != heads)
+
+        found[f"softmax, {name}"] = (softmax, rows, moved)
+    if groups == heads:
+        found |= fla(q, k, v, features, gate, maps, moved)
+    return found
+
+
+def fla(
+    q: Tensor, k: Tensor, v: Tensor, features: list[Tensor], gate: Tensor, maps: list[Tensor], moved: int
+) -> dict[str, tuple[Call, list[Tensor], int]]:
+    """flash-linear-attention's way to the same; nothing where it is not installed."""
+    try:
+        from fla.ops.gla import chunk_gla
+        from fla.ops.linear_attn import chunk_linear_attn
+    except ImportError as error:
+        print(f"flash-linear-attention is left out: {error}")
+        return {}
+
+    def mapped(x: Tensor, weight: Tensor) -> Tensor:
+        u = torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype))
+        return torch.cat([u.softmax(-1), (-u).softmax(-1)], dim=-1)
+
+    return {
+        "fla, hedgehog": (
+            lambda: chunk_linear_attn(mapped(q, maps[0]), mapped(k, maps[1]), v, scale=1.0, normalize=True)[0],
+            [q, k, v, *maps],
+            moved,
+        ),
+        "fla, gla without normaliser": (
+            lambda: chunk_gla(*features, v, gate.to(v.dtype), scale=1.0)[0],
+            [*features, v, gate],
+            moved,
+        ),
+    }
+
+
+def measure(call: Call, leaves: list[Tensor], moved: int, backward: bool, copy_tb_s: float) -> dict[str, float]:
+    """Milliseconds, share of the bytes floor, and memory beyond what was there."""
+    with torch.no_grad():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated() - before
+        result = {"forward_ms": median(call), "forward_peak_mb": peak / 1e6}
+    result["bytes_floor_share"] = moved / copy_tb_s / 1e9 / result["forward_ms"]
+    if backward:
+        weight = torch.randn_like(call())
+
+        def both() -> None:
+            torch.autograd.grad(call(), leaves, weight)
+
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        both()
+        torch.cuda.synchronize()
+        result["both_peak_mb"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        result["both_ms"] = median(both)
+    return result
+
+
+def host_time() -> float:
+    """Microseconds of Python for one Hedgehog forward whose work on the GPU is nothing."""
+    call = contenders((1, 4, 4, 64, 128))["hedgehog"][0]
+    with torch.no_grad():
+        for _ in range(20):
+            call()
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        for _ in range(300):
+            call()
+        spent = time.perf_counter() - began
+        torch.cuda.synchronize()
+    return spent / 300 * 1e6
+
+
+def prefill(recipe: str) -> list[dict[str, Any]]:
+    """Milliseconds of one forward over T tokens, student and SDPA teacher of SmolLM2-135M's shape, bf16."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from linearize.attention import StudentAttention
+    from linearize.recipe import load_recipe
+    from linearize.surgery import graft, plan_surgery
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=65536,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config).to(device="cuda", dtype=torch.bfloat16).eval()
+    found = []
+    lengths = [2048, 4096, 8192, 32768]
+
+    def run(length: int) -> float:
+        tokens = torch.randint(0, 49152, (1, length), device="cuda")
+        with torch.no_grad():
+            return median(lambda: model(tokens, logits_to_keep=1))
+
+    teacher = {length: run(length) for length in lengths}
+    chosen = load_recipe(recipe)
+    graft(model, plan_surgery(model, chosen.mixer, chosen.keep_softmax))
+    model.to(device="cuda", dtype=torch.bfloat16)
+    layers = sum(isinstance(module, StudentAttention) for module in model.modules())
+    for length in lengths:
+        found.append(
+            {"recipe": recipe, "layers": layers, "T": length, "teacher_ms": teacher[length], "ms": run(length)}
+        )
+        print(found[-1], flush=True)
+    return found
+
+
+def draw(curve: dict[str, dict[int, float]], out: Path) -> None:
+    """Time against T, and where each of ours gets faster than cuDNN."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 5))
+    for name, times in curve.items():
+        axes.plot(list(times), list(times.values()), marker="o", label=name)
+    softmax, ours = curve["softmax, cudnn"], curve["hedgehog"]
+    crossing = next((length for length in CURVE if ours[length] < softmax[length]), None)
+    if crossing:
+        axes.axvline(crossing, color="grey", linestyle=":", label=f"hedgehog faster than cuDNN from {crossing}")
+    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward", title="B1 H16 D64, bf16")
+    axes.legend()
+    figure.savefig(out / "time.png", dpi=120, bbox_inches="tight")
+
+
+def main() -> int:
+    """Measure everything and write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="out/kernels", help="folder for results.json and time.png")
+    parser.add_argument("--prefill", action="append", default=None, help="recipes whose prefill is timed")
+    options = parser.parse_args()
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    top = ceilings()
+    record: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": f"{datetime.now(UTC):%Y-%m-%d}",
+        **top,
+        "host_us": host_time(),
+    }
+    print(record, flush=True)
+    record["shapes"] = {}
+    for name, shape in SHAPES.items():
+        rows = record["shapes"][name] = {}
+        for contender, (call, leaves, moved) in contenders(shape).items():
+            try:
+                rows[contender] = measure(call, leaves, moved, name in BACKWARD, top["copy_tb_s"])
+            except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
+                rows[contender] = {"error": str(error)[:200]}
+            print(name, contender, {k: v if isinstance(v, str) else round(v, 3) for k, v in rows[contender].items()})
+        (out / "results.json").write_text(json.dumps(record, indent=1))
+    curve: dict[str, dict[int, float]] = {}
+    for length in CURVE:
+        for contender, (call, _, _) in contenders((1, 16, 16, 64, length)).items():
+            with torch.no_grad():
+                curve.setdefault(contender, {})[length] = median(call)
+    record["curve B1 H16 D64"] = curve
+    record["prefill"] = [row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe)]
+    (out / "results.json").write_text(json.dumps(record, indent=1))
+    draw(curve, out)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
