@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from linearize_kernels import gated_linear_attention, hedgehog_attention
+from linearize_kernels.gated_linear_attention.triton_step import step_
 from linearize_kernels.hedgehog_attention import Map
 
 Call = Callable[[], Tensor]
@@ -163,6 +164,22 @@ def host_time() -> float:
     return spent / 300 * 1e6
 
 
+def decode(copy_tb_s: float) -> list[dict[str, float]]:
+    """Microseconds of one normalised step in a CUDA graph, H32 D128, and what moving the state alone would take."""
+    from triton.testing import do_bench_cudagraph
+
+    found = []
+    for batch in (1, 8, 32, 128):
+        q, k, v = (torch.rand(batch, 1, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        s, z = torch.rand(batch, 32, 128, 128, device="cuda"), torch.rand(batch, 32, 128, device="cuda")
+        y = torch.empty_like(v)
+        spent = 1e3 * do_bench_cudagraph(lambda: step_(q, k, v, None, s, z, y), return_mode="median")  # noqa: B023
+        floor = 2 * 4 * (s.numel() + z.numel()) / copy_tb_s / 1e6
+        found.append({"batch": batch, "us": spent, "floor_us": floor, "ratio": spent / floor})
+        print("decode", found[-1], flush=True)
+    return found
+
+
 def prefill(recipe: str) -> list[dict[str, Any]]:
     """Milliseconds of one forward over T tokens, student and SDPA teacher of SmolLM2-135M's shape, bf16."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -225,6 +242,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/kernels", help="folder for results.json and time.png")
     parser.add_argument("--prefill", action="append", default=None, help="recipes whose prefill is timed")
+    parser.add_argument("--skip", action="append", default=[], help="a contender by name, may be repeated")
     options = parser.parse_args()
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -237,23 +255,29 @@ def main() -> int:
         "host_us": host_time(),
     }
     print(record, flush=True)
+    record["decode H32 D128"] = decode(top["copy_tb_s"])
+    record["prefill"] = [row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe)]
     record["shapes"] = {}
     for name, shape in SHAPES.items():
         rows = record["shapes"][name] = {}
         for contender, (call, leaves, moved) in contenders(shape).items():
+            if contender in options.skip:
+                continue
             try:
                 rows[contender] = measure(call, leaves, moved, name in BACKWARD, top["copy_tb_s"])
             except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
                 rows[contender] = {"error": str(error)[:200]}
-            print(name, contender, {k: v if isinstance(v, str) else round(v, 3) for k, v in rows[contender].items()})
+            shown = {key: x if isinstance(x, str) else round(x, 3) for key, x in rows[contender].items()}
+            print(name, contender, shown, flush=True)
         (out / "results.json").write_text(json.dumps(record, indent=1))
     curve: dict[str, dict[int, float]] = {}
     for length in CURVE:
         for contender, (call, _, _) in contenders((1, 16, 16, 64, length)).items():
+            if contender in options.skip:
+                continue
             with torch.no_grad():
                 curve.setdefault(contender, {})[length] = median(call)
     record["curve B1 H16 D64"] = curve
-    record["prefill"] = [row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe)]
     (out / "results.json").write_text(json.dumps(record, indent=1))
     draw(curve, out)
     return 0

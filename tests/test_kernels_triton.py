@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from linearize_kernels import Branch, LinearState, configs, gated_linear_attention, hedgehog_attention, linear_sums
 from linearize_kernels.gated_linear_attention import MIN_LOG_GATE, launch, merge
 from linearize_kernels.gated_linear_attention.naive import naive_linear_sums
+from linearize_kernels.gated_linear_attention.triton_step import step_
 from linearize_kernels.hedgehog_attention import Map, hedgehog_features
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -201,3 +202,30 @@ def test_hedgehog(case: tuple[Any, ...], feature_map: str, dtype: torch.dtype, m
         mask = torch.rand(2, length, device=DEVICE) > 0.3
     fixed = {"map": feature_map, "segments": segments(length) if packed else None, "mask": mask}
     check(both(hedgehog, tensors, fixed, dtype), dtype)
+
+
+@pytest.mark.parametrize("case", [(1, 4, 4, 2, 20, 24), (3, 4, 2, 1, 16, 40), (80, 4, 4, 4, 16, 16)], ids=str)
+@pytest.mark.parametrize("gate", ["none", "head", "feature"])
+def test_step(case: tuple[int, ...], gate: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token after a state, as the torch step does it; the state given stays as it was, unless in place."""
+    batch, heads, key_heads, groups, features, values = case
+    torch.manual_seed(0)
+    shape = (batch, 1, key_heads, features)
+    q, k = (torch.rand(batch, 1, count, features, device=DEVICE) for count in (heads, key_heads))
+    v = torch.randn(batch, 1, groups, values, device=DEVICE)
+    log_gate = None if gate == "none" else -6 * torch.rand(shape[: 3 if gate == "head" else 4], device=DEVICE)
+    state = LinearState(torch.randn(*shape[:1], *shape[2:], values).to(DEVICE), torch.rand(shape).squeeze(1).to(DEVICE))
+    kept = [x.clone() for x in state]
+    found = {}
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+        y, end = gated_linear_attention(q, k, v, log_gate, state, epsilon=1e-10)
+        num, den, again = linear_sums(q, k, v, log_gate, state)
+        found[backend] = [y, *end, num, den, *again]
+    for left, right in zip(*found.values(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+    assert all(torch.equal(a, b) for a, b in zip(state, kept, strict=True))
+    y = torch.empty_like(found["torch"][0])
+    step_(q, k, v, log_gate, *state, y, 1e-10)
+    for left, right in zip([y, *state], found["torch"][:3], strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from linearize_kernels.backend import uses_triton
@@ -56,7 +57,10 @@ def linear_sums(
     Returns:
         num [B, T, H, V], den [B, T, H], both fp32 (fp64 for fp64), and the state after the last token.
     """
-    if _in_triton(q_BTHF, k_BTJF, v_BTGV, state):
+    if _in_triton(q_BTHF, v_BTGV):
+        if state is not None and _decodes(q_BTHF, k_BTJF, v_BTGV, log_gate, state):
+            num_B1HV, den_B1H, end = _step(q_BTHF, k_BTJF, v_BTGV, log_gate, state, 0.0, normalised=False)
+            return num_B1HV, den_B1H, end
         return _walk(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT, None, 0.0, normalised=False)
     if log_gate is not None and log_gate.ndim == 4:
         log_gate = log_gate.clamp_min(MIN_LOG_GATE)
@@ -85,9 +89,13 @@ def gated_linear_attention(
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
     """
-    if _in_triton(q_BTHF, k_BTJF, v_BTGV, state):
-        y_BTHV, _, state = _walk(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT, other, epsilon, normalised=True)
-        return y_BTHV, state
+    if _in_triton(q_BTHF, v_BTGV):
+        if other is None and state is not None and _decodes(q_BTHF, k_BTJF, v_BTGV, log_gate, state):
+            y_BTHV, _, end = _step(q_BTHF, k_BTJF, v_BTGV, log_gate, state, epsilon, normalised=True)
+        else:
+            rest = (log_gate, state, segments_BT, other, epsilon)
+            y_BTHV, _, end = _walk(q_BTHF, k_BTJF, v_BTGV, *rest, normalised=True)
+        return y_BTHV, end
     sums = linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
     return merge(sums[0], sums[1], other, epsilon).to(v_BTGV.dtype), sums[2]
 
@@ -103,10 +111,30 @@ def merge(num_BTHV: Tensor, den_BTH: Tensor, other: Branch | None = None, epsilo
     return num_BTHV / den_BTH.masked_fill(den_BTH == 0, 1).unsqueeze(-1)
 
 
-def _in_triton(q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, state: LinearState | None) -> bool:
-    if q_BTHF.shape[1] == 1 and state is not None:
-        return False
+def _in_triton(q_BTHF: Tensor, v_BTGV: Tensor) -> bool:
     return uses_triton("gated_linear_attention", v_BTGV, q_BTHF.shape[-1], v_BTGV.shape[-1])
+
+
+def _decodes(q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, log_gate: Tensor | None, state: LinearState) -> bool:
+    """One token after a state, and nothing to differentiate: the step has no backward."""
+    given = (q_BTHF, k_BTJF, v_BTGV, log_gate, *state)
+    return q_BTHF.shape[1] == 1 and not (
+        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    )
+
+
+def _step(
+    q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, log_gate: Tensor | None, state: LinearState, epsilon: float, *,
+    normalised: bool,
+) -> tuple[Tensor, Tensor, LinearState]:  # fmt: skip
+    """One token in Triton; features stay in fp32 where they come so: nothing is multiplied by matrix units."""
+    from linearize_kernels.gated_linear_attention.triton_step import step
+
+    y, den, s, z = step(
+        unit(q_BTHF), unit(k_BTJF), unit(v_BTGV), contiguous(log_gate),
+        state.s_BJFV.float().contiguous(), state.z_BJF.float().contiguous(), normalised, epsilon,
+    )  # fmt: skip
+    return y, den, LinearState(s, z)
 
 
 def _walk(
