@@ -138,7 +138,10 @@ def time_it(case: str, made: dict[str, Any], backward: bool) -> float:
 def tune(case: str, pool: ProcessPoolExecutor, table: dict[str, list[int]]) -> None:
     """The best configuration of each kernel for this case."""
     feature_map, gate, width, _ = CASES[case]
-    best = {kernel: configs._default(kernel, torch.bfloat16, width) for kernel in (*FORWARD, *BACKWARD)}
+    best = {
+        kernel: configs.default(kernel, torch.bfloat16, width, f"{feature_map} {gate}")
+        for kernel in (*FORWARD, *BACKWARD)
+    }
     small = inputs(case, 1008)  # the same compiled kernels as for the long one, and a chunk that is not full
     weight = torch.randn(small["v"].shape, device="cuda")
     exact = with_gradients(reference(case, small), small, weight)

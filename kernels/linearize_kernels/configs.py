@@ -39,17 +39,21 @@ def launch(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch:
     if kernel in overrides:
         return overrides[kernel]
     found = _table().get(key(kernel, dtype, width, variant))
-    return found or _default(kernel, dtype, width)
+    return found or default(kernel, dtype, width, variant)
 
 
-def _default(kernel: str, dtype: torch.dtype, width: int) -> Launch:
-    """What was fastest on an H100 for widths of 64 and 128; smaller tiles for fp32 and for wider heads."""
+def default(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch:
+    """What was fastest on an H100 for widths of 64 and 128; smaller tiles for fp32, for wider heads, and where the
+    features of both signs are held at once.
+    """
     if dtype != torch.bfloat16:
         return Launch(32 if width <= 64 else 16, 4 if width <= 64 else 8, 1)
     if "gradients" in kernel:
         return Launch(32, 4, 2) if width <= 64 else Launch(32, 8, 1) if width <= 128 else Launch(16, 8, 1)
     if width <= 64:
         return Launch(64, 4, 2)
+    if variant.startswith(("exp", "softmax_joint")):
+        return Launch(32, 8, 1)
     return Launch(128, 8, 1) if width <= 128 else Launch(64, 8, 1, 64)
 
 
