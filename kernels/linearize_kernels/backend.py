@@ -17,7 +17,7 @@ from torch import Tensor
 VARIABLE = "LINEARIZE_BACKEND"
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 256
-"""Of a head, of its values and of its features: a state of more does not fit the registers of one program."""
+"""Of a head, its values and its features of both signs, in bf16; half of it in fp32. More does not fit a program."""
 
 _log = logging.getLogger("linearize_kernels")
 
@@ -58,8 +58,9 @@ def _obstacle(dtype: torch.dtype, width: int) -> str:
         return "triton is not installed"
     if dtype not in DTYPES:
         return f"the kernels are written for float32 and bfloat16, not for {dtype}"
-    if width > MAX_WIDTH:
-        return f"heads or features of {width}; the kernels hold at most {MAX_WIDTH}"
+    limit = MAX_WIDTH if dtype == torch.bfloat16 else MAX_WIDTH // 2
+    if width > limit:
+        return f"heads or features of {width}; in {dtype} the kernels hold at most {limit}"
     return ""
 
 

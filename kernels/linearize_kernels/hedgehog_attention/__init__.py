@@ -55,7 +55,7 @@ def hedgehog_attention(
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
     """
-    widths = (q_BTHK.shape[-1], query_map.weight_HKF.shape[-1], v_BTGV.shape[-1])
+    widths = (q_BTHK.shape[-1], 2 * query_map.weight_HKF.shape[-1], v_BTGV.shape[-1])
     decodes = q_BTHK.shape[1] == 1 and state is not None
     if not decodes and uses_triton("hedgehog_attention", v_BTGV, *widths):
         return _walk(
