@@ -112,7 +112,7 @@ def _type(argument: str, dtype: torch.dtype, constants: dict[str, Any]) -> str:
         return "constexpr"
     if argument == "epsilon":
         return "fp32"
-    if argument.endswith(("_batch", "_token", "_head")) or argument in ("length", "chunks_a_split"):
+    if argument.endswith(("_batch", "_token", "_head")) or argument in ("length", "chunks_a_split", "delay", "skip"):
         return "i32"
     if argument in ("mask", "segments"):
         return "*i1" if argument == "mask" else "*i64"

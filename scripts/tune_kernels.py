@@ -75,7 +75,7 @@ def inputs(case: str, length: int | None = None) -> dict[str, Any]:
 def run(case: str, made: dict[str, Any]) -> Tensor:
     """The operation's outputs."""
     maps = (made["query_weight"], made["key_weight"], None, None)
-    rest = (None, None, None, None, CASES[case][0], True, 0.0)
+    rest = (None, None, None, None, CASES[case][0], True, 0.0, 0, 0)
     y: Tensor = walk(made["q"], made["k"], made["v"], made["gate"], None, None, *maps, *rest)[0]
     return y
 

@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from linearize_kernels import Sinks, WindowSums, causal_conv, window_sums
-from linearize_kernels.sliding_window import naive_window_sums
+from linearize_kernels import Sinks, causal_conv
+from linearize_kernels.windowed_linear_attention.chunk import WindowSums, window_sums
+from linearize_kernels.windowed_linear_attention.naive import naive_window_sums
 from tests.rulers import Largest, close
 
 WIDTH = {  # H, G

@@ -3,16 +3,24 @@
 from linearize_kernels.causal_conv import causal_conv
 from linearize_kernels.gated_linear_attention import Branch, LinearState, gated_linear_attention, linear_sums
 from linearize_kernels.hedgehog_attention import hedgehog_attention
-from linearize_kernels.sliding_window import Sinks, WindowSums, window_sums
+from linearize_kernels.windowed_linear_attention import (
+    Far,
+    Near,
+    Sinks,
+    window_attention,
+    windowed_linear_attention,
+)
 
 __all__ = [
     "Branch",
+    "Far",
     "LinearState",
+    "Near",
     "Sinks",
-    "WindowSums",
     "causal_conv",
     "gated_linear_attention",
     "hedgehog_attention",
     "linear_sums",
-    "window_sums",
+    "window_attention",
+    "windowed_linear_attention",
 ]

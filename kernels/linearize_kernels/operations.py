@@ -36,3 +36,8 @@ def operation(
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
     """Give an operation its gradient."""
     torch.library.register_autograd(f"linearize::{name}", backward, setup_context=setup_context, lib=_library)
+
+
+def power(size: int) -> int:
+    """What a tile of `size` columns is padded to."""
+    return max(16, 1 << (size - 1).bit_length())

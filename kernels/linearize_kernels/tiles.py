@@ -79,10 +79,10 @@ def store_vector(base, vector, size, X: tl.constexpr):
 
 
 @triton.jit
-def key_flags(mask, first, length, C: tl.constexpr, MASKED: tl.constexpr):
-    """Which tokens from `first` on have a key, [C]."""
+def key_flags(mask, first, start, length, C: tl.constexpr, MASKED: tl.constexpr):
+    """Which tokens from `first` on have a key, [C]; none before token `start` has."""
     token = first + tl.arange(0, C)
-    real = token < length
+    real = (token >= start) & (token < length)
     if MASKED:
         real = real & (tl.load(mask + token, mask=real, other=0) != 0)
     return real

@@ -13,9 +13,17 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import HedgehogMap, Normalisation
-from linearize.mixers.local import Local, LocalRows, attend, decayed_rows, local_state, local_state_bytes
+from linearize.mixers.local import (
+    SMALLEST,
+    Local,
+    LocalRows,
+    decayed_rows,
+    local_state,
+    local_state_bytes,
+    read,
+)
 from linearize.mixers.timeline import Timeline, begin, tail_of
-from linearize_kernels import LinearState, causal_conv, gated_linear_attention, linear_sums
+from linearize_kernels import Branch, LinearState, causal_conv, gated_linear_attention, linear_sums
 
 GATE_RANK, GATE_STD, EPSILON = 16, 0.006, 1e-10
 """Width of the gate's bottleneck, spread of its weights at the start, and what is added to the denominator: the values
@@ -109,18 +117,16 @@ class Lawcat(StudentMixer):
         q_BTHF, k_BTHF, after = self._features(heads, timeline, tails)
         linear_state = None if state is None else LinearState(*state[3:5])
         gate = self._log_gate(heads)
-        read = (q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT)
-        if self.window_factor_H is None:
-            y_BTHV, linear = gated_linear_attention(*read, epsilon=EPSILON)
-            new_state: MixerState = (*after, *linear)
-        else:
-            num_BTHV, den_BTH, linear = linear_sums(*read)
-            exact = attend(heads, timeline, self.local, None if state is None else local_state(state[5:]))
-            near_H, far = self.window_factor_H.sigmoid(), float(self.linear_branch)
-            num_BTHV = far * num_BTHV + near_H.unsqueeze(-1) * exact.sums.num_BTHV
-            den_BTH = far * den_BTH + near_H * exact.sums.den_BTH
-            new_state = (*after, *linear, *exact.state)
-            y_BTHV = num_BTHV / (den_BTH + EPSILON).unsqueeze(-1)
+        other, exact_state = None, tuple[Tensor, ...]()
+        if self.window_factor_H is not None:
+            exact = read(heads, timeline, self.local, None if state is None else local_state(state[5:]))
+            o_BTHV, den_BTH = exact.attend()
+            far = 1.0 if self.linear_branch else SMALLEST
+            other, exact_state = Branch(o_BTHV, den_BTH * (self.window_factor_H.sigmoid() / far)), exact.state
+        y_BTHV, linear = gated_linear_attention(
+            q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT, other=other, epsilon=EPSILON
+        )
+        new_state: MixerState = (*after, *linear, *exact_state)
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), new_state
 
     def _features(self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None) -> tuple[Tensor, Tensor, _Tails]:
@@ -172,5 +178,5 @@ class Lawcat(StudentMixer):
         q_BTHF, k_BTHF, _ = self._features(ordered, timeline, None)
         far_BTH = linear_sums(q_BTHF, k_BTHF, ordered.v_BTGV, self._log_gate(ordered), None, heads.segments_BT)[1]
         far_BTH = far_BTH * float(self.linear_branch)
-        near_BTH = self.window_factor_H.sigmoid() * attend(ordered, timeline, self.local, None).sums.den_BTH
+        near_BTH = self.window_factor_H.sigmoid() * read(ordered, timeline, self.local, None).attend().den_BTH
         return Readings(log_gate, put_back(far_BTH / (far_BTH + near_BTH + EPSILON)))

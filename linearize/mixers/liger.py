@@ -18,11 +18,11 @@ from linearize.mixers.local import (
     LOCAL_TENSORS,
     Local,
     LocalRows,
-    attend,
     decayed_rows,
     divide,
     local_state,
     local_state_bytes,
+    read,
 )
 from linearize.mixers.timeline import begin
 from linearize_kernels import LinearState, linear_sums
@@ -63,7 +63,7 @@ class Liger(StudentMixer):
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         before = local_state(state)
         heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
-        exact = attend(heads, timeline, self.local, before)
+        exact = read(heads, timeline, self.local, before)
         q_BTHK, k_BTGK, log_gate_BTGK = self._features(heads)
         linear_state = None if state is None else LinearState(*state[LOCAL_TENSORS:])
         num_BTHV, den_BTH, linear = linear_sums(
@@ -71,7 +71,7 @@ class Liger(StudentMixer):
         )
         far_BTHV = divide(num_BTHV, den_BTH) if self.config.normaliser else num_BTHV
         near, far = self._weights()
-        y_BTHV = near * divide(exact.sums.num_BTHV, exact.sums.den_BTH) + far * far_BTHV
+        y_BTHV = near * exact.attend().o_BTHV + far * far_BTHV
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
 
     def _weights(self) -> tuple[float, float]:

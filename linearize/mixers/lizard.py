@@ -20,17 +20,17 @@ from linearize.mixers.feature_maps import HedgehogMap, Normalisation, normalised
 from linearize.mixers.gates import HalfLife, rates
 from linearize.mixers.local import (
     LOCAL_TENSORS,
-    BranchSums,
     Local,
     LocalRows,
-    attend,
-    divide,
+    Read,
+    far_share,
     local_state,
     local_state_bytes,
+    read,
     where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
-from linearize_kernels import LinearState, linear_sums
+from linearize_kernels import Far, LinearState, windowed_linear_attention
 
 
 class LizardConfig(MixerConfig):
@@ -100,39 +100,32 @@ class Lizard(StudentMixer):
         return local_state_bytes(self.local, self.shapes, dtype) + linear
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        put_back, sums = self._sums(heads, state)
-        if self.config.published:
-            near_H, far_H = self._weights()
-            y_BTHV = near_H.unsqueeze(-1) * divide(sums.near_num, sums.near_den)
-            y_BTHV = y_BTHV + far_H.unsqueeze(-1) * divide(sums.far_num, sums.far_den)
-        else:
-            y_BTHV = divide(sums.near_num + sums.far_num, sums.near_den + sums.far_den)
-        return put_back(y_BTHV).to(heads.v_BTGV.dtype), sums.state
+        ordered, put_back, exact, far = self._branches(heads, state)
+        y_BTHV, linear = windowed_linear_attention(
+            exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights(),
+            separate=self.config.published,
+        )  # fmt: skip
+        return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
 
-    def _sums(self, heads: HeadInputs, state: MixerState | None) -> tuple[PutBack, BranchSums]:
-        """Both branches; unweighted when published, each with its weight otherwise."""
+    def _branches(self, heads: HeadInputs, state: MixerState | None) -> tuple[HeadInputs, PutBack, Read, Far]:
         before = local_state(state)
         heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
-        exact = attend(heads, timeline, self.local, before)
-        k_BTGK, v_BTGV, exists_BT = exact.left_k_BTGK, exact.left_v_BTGV, exact.left_BT
+        exact = read(heads, timeline, self.local, before)
+        exact = exact._replace(near=exact.near._replace(meta_HL=self.meta_HM))
+        keys = (exact.left_k_BTGK, exact.left_v_BTGV, exact.left_BT, exact.delayed)
         if self.config.published:
-            k_BTGK, v_BTGV, exists_BT = heads.k_BTGK, heads.v_BTGV, timeline.position_BT >= 0
-        far_num, far_den, linear = linear_sums(
-            self.query_map(heads.q_BTHK, "query"),
-            self.key_map(k_BTGK, "key") * exists_BT[:, :, None, None],
-            v_BTGV,
+            keys = (heads.k_BTGK, heads.v_BTGV, heads.mask_BT, False)
+        far = Far(
+            heads.q_BTHK,
+            *keys[:2],
+            self.query_map.weights(),
+            self.key_map.weights(),
+            self.config.normalisation,
             self._log_gate(heads).expand(-1, -1, self.shapes.query_heads),
             None if state is None else LinearState(*state[LOCAL_TENSORS:]),
-            heads.segments_BT,
+            *keys[2:],
         )
-        near_num, near_den, top_BTH = exact.sums
-        if self.meta_HM is not None:
-            kept_BTH, meta_BTH = self._with_meta(top_BTH)
-            near_num, near_den = near_num * kept_BTH.unsqueeze(-1), near_den * kept_BTH + meta_BTH
-        if not self.config.published:
-            far_H = self._weights()[1]
-            far_num, far_den = far_H.unsqueeze(-1) * far_num, far_H * far_den
-        return put_back, BranchSums(near_num, near_den, far_num, far_den, (*exact.state, *linear))
+        return heads, put_back, exact, far
 
     def _with_meta(self, top_BTH: Tensor) -> tuple[Tensor, Tensor]:
         """What the window's sums are multiplied with, and what the meta-memory adds to their denominator."""
@@ -178,8 +171,9 @@ class Lizard(StudentMixer):
         return rows
 
     def readings(self, heads: HeadInputs) -> Readings:
-        put_back, sums = self._sums(heads, None)
-        share_BTH = put_back(sums.far_share()) * float(self.linear_branch)
+        ordered, put_back, exact, far = self._branches(heads, None)
+        weights = None if self.config.published else self._weights()
+        share_BTH = put_back(far_share(exact, far, ordered.segments_BT, weights)) * float(self.linear_branch)
         if not self.config.published:
             share_BTH = where_far(share_BTH, heads, self.local)
         return Readings(self._log_gate(heads), share_BTH)

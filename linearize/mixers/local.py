@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerState
 from linearize.mixers.timeline import Timeline, find_sinks, positions, tail_of
-from linearize_kernels import Sinks, WindowSums, window_sums
+from linearize_kernels import Branch, Far, Near, Sinks, window_attention, windowed_linear_attention
 from linearize_kernels.gated_linear_attention import MIN_LOG_GATE
 
 SMALLEST = 1e-30
@@ -60,61 +60,78 @@ LOCAL_TENSORS = len(LocalState._fields)
 """A mixer's own state follows these."""
 
 
-class Attended(NamedTuple):
-    """The exact branch's sums, its state, and the keys that have just left the window, one for each current token."""
+class Read(NamedTuple):
+    """What the exact branch reads, its new state, and the keys that have just left it, one for each current token."""
 
-    sums: WindowSums
+    near: Near
+    window: int
+    position_BT: Tensor | None  # None = 0, 1, 2, ...
     state: LocalState
-    left_k_BTGK: Tensor  # the key `window` tokens before, rotated as `far_rope` says
+    left_k_BTGK: Tensor  # the key `window` tokens before, rotated as `far_rope` says; the token's own, if `delayed`
     left_v_BTGV: Tensor
-    left_BT: Tensor  # True where there is such a key and no sink keeps it
+    left_BT: Tensor | None  # True where there is such a key and no sink keeps it; None: so from window + sinks on
+    delayed: bool
+
+    def attend(self) -> Branch:
+        """The exact branch alone."""
+        near = self.near
+        return window_attention(*near[:3], self.window, self.position_BT, near.sinks, near.meta_HL)
 
 
-class BranchSums(NamedTuple):
-    """Numerators [B, T, H, V] and denominators [B, T, H] of both branches, each with its weight, and the new state."""
-
-    near_num: Tensor
-    near_den: Tensor
-    far_num: Tensor
-    far_den: Tensor
-    state: MixerState
-
-    def far_share(self) -> Tensor:
-        """The other branch's share of the denominator, [B, T, H]; 0 where nothing is seen."""
-        total = self.near_den + self.far_den
-        return self.far_den / total.clamp_min(torch.finfo(total.dtype).tiny)
-
-
-def attend(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState | None) -> Attended:
-    """Exact attention of the current tokens; `heads` and `timeline` as `timeline.begin` gave them."""
+def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState | None) -> Read:
+    """The exact branch of the current tokens; `heads` and `timeline` as `timeline.begin` gave them."""
     q_BTHK, k_BTGK = local.queries_and_keys(heads)
     v_BTGV, dtype = heads.v_BTGV, heads.v_BTGV.dtype
     # kept in the values' dtype, so that prefill reads what decoding will read
     k_BTGK = k_BTGK.to(dtype)
-    window = local.window
-    joined_k = timeline.join(None if state is None else state.k_BWGK, k_BTGK, window)
-    joined_v = timeline.join(None if state is None else state.v_BWGV, v_BTGV, window)
+    window, length = local.window, k_BTGK.shape[1]
+    k_far = k_BTGK
+    if local.own_far_keys:
+        k_far = heads.k_BTGK if not local.far_rope or heads.rope is None else heads.rope.rotate(heads.k_BTGK)
+        k_far = k_far.to(dtype)
+    fresh = state is None and timeline.padding_B is None
+    joined_k, joined_v, joined_far = k_BTGK, v_BTGV, k_far
+    if not fresh:
+        joined_k = timeline.join(None if state is None else state.k_BWGK, k_BTGK, window)
+        joined_v = timeline.join(None if state is None else state.v_BWGV, v_BTGV, window)
+        joined_far = joined_k
+        if local.own_far_keys:
+            joined_far = timeline.join(None if state is None else state.far_k_BWGK, k_far, window)
     seen, kept = None, Sinks(k_BTGK[:, None, :0], v_BTGV[:, None, :0])
     if local.sinks:
         old = None if state is None else Sinks(state.sink_k_BSGK[:, None], state.sink_v_BSGV[:, None])
         seen, kept = find_sinks(timeline, old, k_BTGK, v_BTGV, local.sinks)
-    sums = window_sums(q_BTHK, joined_k[:, 1:], joined_v[:, 1:], timeline.position_BT, window, seen)
-    far, far_tail = joined_k, torch.zeros_like(k_BTGK[:, :0])
-    if local.own_far_keys:
-        k_far = heads.k_BTGK if not local.far_rope or heads.rope is None else heads.rope.rotate(heads.k_BTGK)
-        far = timeline.join(None if state is None else state.far_k_BWGK, k_far.to(dtype), window)
-        far_tail = tail_of(far, window)
     after = LocalState(
         timeline.seen_B,
         tail_of(joined_k, window),
         tail_of(joined_v, window),
         kept.k_BXSGK[:, 0].clone(),
         kept.v_BXSGV[:, 0].clone(),
-        far_tail,
+        tail_of(joined_far, window) if local.own_far_keys else torch.zeros_like(k_BTGK[:, :0]),
     )
-    length = k_BTGK.shape[1]
-    left_BT = timeline.position_BT >= window + local.sinks
-    return Attended(sums, after, far[:, :length], joined_v[:, :length], left_BT)
+    simple = fresh and not timeline.packed
+    return Read(
+        Near(q_BTHK, joined_k, joined_v, seen),
+        window,
+        None if simple else timeline.position_BT,
+        after,
+        joined_far[:, :length],
+        joined_v[:, :length],
+        None if simple else timeline.position_BT >= window + local.sinks,
+        delayed=fresh,
+    )
+
+
+def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: tuple[Tensor, Tensor] | None) -> Tensor:
+    """The linear branch's share of the denominator, [B, T, H]: what it answers to values of 1, the window's being 0."""
+    near, sinks = read.near, read.near.sinks
+    near = near._replace(
+        v_BMGV=torch.zeros_like(near.v_BMGV),
+        sinks=None if sinks is None else sinks._replace(v_BXSGV=torch.zeros_like(sinks.v_BXSGV)),
+    )
+    far = far._replace(v_BTGV=torch.ones_like(far.v_BTGV), state=None)
+    y_BTHV, _ = windowed_linear_attention(near, far, read.window, read.position_BT, segments_BT, weights)
+    return y_BTHV[..., 0]
 
 
 def local_state(state: MixerState | None) -> LocalState | None:

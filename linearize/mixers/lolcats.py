@@ -15,17 +15,17 @@ from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerStat
 from linearize.mixers.feature_maps import HedgehogMap, Normalisation, normalised
 from linearize.mixers.local import (
     LOCAL_TENSORS,
-    BranchSums,
     Local,
     LocalRows,
-    attend,
-    divide,
+    Read,
+    far_share,
     local_state,
     local_state_bytes,
+    read,
     where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
-from linearize_kernels import LinearState, linear_sums
+from linearize_kernels import Far, LinearState, windowed_linear_attention
 
 WINDOW_FACTOR = -2.1972
 """sigmoid of it is 0.1, the published start of the window's weight (configurations of arXiv 2410.10254)."""
@@ -72,28 +72,28 @@ class Lolcats(StudentMixer):
         return local_state_bytes(self.local, self.shapes, dtype) + linear
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        put_back, sums = self._sums(heads, state)
-        y_BTHV = divide(sums.near_num + sums.far_num, sums.near_den + sums.far_den)
-        return put_back(y_BTHV).to(heads.v_BTGV.dtype), sums.state
+        ordered, put_back, exact, far = self._branches(heads, state)
+        y_BTHV, linear = windowed_linear_attention(
+            exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights()
+        )
+        return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
 
-    def _sums(self, heads: HeadInputs, state: MixerState | None) -> tuple[PutBack, BranchSums]:
+    def _branches(self, heads: HeadInputs, state: MixerState | None) -> tuple[HeadInputs, PutBack, Read, Far]:
         before = local_state(state)
         heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
-        exact = attend(heads, timeline, self.local, before)
-        q_BTHK = heads.q_BTHK if heads.rope is None else heads.rope.rotate(heads.q_BTHK)
-        linear_state = None if state is None else LinearState(*state[LOCAL_TENSORS:])
-        far_num, far_den, linear = linear_sums(
-            self.query_map(q_BTHK, "query"),
-            self.key_map(exact.left_k_BTGK, "key") * exact.left_BT[:, :, None, None],
+        exact = read(heads, timeline, self.local, before)
+        far = Far(
+            heads.q_BTHK if heads.rope is None else heads.rope.rotate(heads.q_BTHK),
+            exact.left_k_BTGK,
             exact.left_v_BTGV,
-            None,
-            linear_state,
-            heads.segments_BT,
+            self.query_map.weights(),
+            self.key_map.weights(),
+            self.config.normalisation,
+            state=None if state is None else LinearState(*state[LOCAL_TENSORS:]),
+            mask_BT=exact.left_BT,
+            delayed=exact.delayed,
         )
-        near_H, far_H = self._weights()
-        near_num, near_den = near_H.unsqueeze(-1) * exact.sums.num_BTHV, near_H * exact.sums.den_BTH
-        far_num, far_den = far_H.unsqueeze(-1) * far_num, far_H * far_den
-        return put_back, BranchSums(near_num, near_den, far_num, far_den, (*exact.state, *linear))
+        return heads, put_back, exact, far
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """Of the window and of the linear branch, per head."""
@@ -118,5 +118,6 @@ class Lolcats(StudentMixer):
         return rows
 
     def readings(self, heads: HeadInputs) -> Readings:
-        put_back, sums = self._sums(heads, None)
-        return Readings(linear_share_BTH=where_far(put_back(sums.far_share()), heads, self.local))
+        ordered, put_back, exact, far = self._branches(heads, None)
+        share_BTH = put_back(far_share(exact, far, ordered.segments_BT, self._weights())) * float(self.linear_branch)
+        return Readings(linear_share_BTH=where_far(share_BTH, heads, self.local))

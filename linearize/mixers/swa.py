@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import normalised
-from linearize.mixers.local import Local, LocalRows, attend, divide, local_state, local_state_bytes
+from linearize.mixers.local import Local, LocalRows, local_state, local_state_bytes, read
 from linearize.mixers.timeline import begin
 
 
@@ -44,8 +44,8 @@ class Swa(StudentMixer):
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         before = local_state(state)
         heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
-        sums, after, *_ = attend(heads, timeline, self.local, before)
-        return put_back(divide(sums.num_BTHV, sums.den_BTH)).to(heads.v_BTGV.dtype), after
+        exact = read(heads, timeline, self.local, before)
+        return put_back(exact.attend().o_BTHV).to(heads.v_BTGV.dtype), exact.state
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
         exact = LocalRows(heads, self.local)

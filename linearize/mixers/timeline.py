@@ -100,8 +100,10 @@ def take(x_BTX: Tensor, index_BN: Tensor) -> Tensor:
 
 
 def tail_of(joined: Tensor, count: int) -> Tensor:
-    """The last `count` tokens, in memory of their own."""
-    return joined[:, joined.shape[1] - count :].clone()
+    """The last `count` tokens, in memory of their own; zeros before the first."""
+    tail = joined[:, max(0, joined.shape[1] - count) :]
+    missing = count - tail.shape[1]
+    return F.pad(tail, (0, 0) * (tail.ndim - 2) + (missing, 0)) if missing else tail.clone()
 
 
 def find_sinks(

@@ -90,12 +90,14 @@ def gated_linear_attention(
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
     """
     if _in_triton(q_BTHF, v_BTGV):
-        if other is None and state is not None and _decodes(q_BTHF, k_BTJF, v_BTGV, log_gate, state):
-            y_BTHV, _, end = _step(q_BTHF, k_BTJF, v_BTGV, log_gate, state, epsilon, normalised=True)
-        else:
+        decodes = state is not None and _decodes(q_BTHF, k_BTJF, v_BTGV, log_gate, state)
+        if not decodes:
             rest = (log_gate, state, segments_BT, other, epsilon)
             y_BTHV, _, end = _walk(q_BTHF, k_BTJF, v_BTGV, *rest, normalised=True)
-        return y_BTHV, end
+            return y_BTHV, end
+        if state is not None and other is None:
+            y_BTHV, _, end = _step(q_BTHF, k_BTJF, v_BTGV, log_gate, state, epsilon, normalised=True)
+            return y_BTHV, end
     sums = linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
     return merge(sums[0], sums[1], other, epsilon).to(v_BTGV.dtype), sums[2]
 
@@ -152,7 +154,7 @@ def _walk(
         None if log_gate is None else log_gate.contiguous(), None, contiguous(segments_BT), None, None, None, None,
         None if other is None else other.o_BTHV.to(dtype).contiguous(),
         None if other is None else other.den_BTH.float().contiguous(),
-        contiguous(s), contiguous(z), "none", normalised, epsilon,
+        contiguous(s), contiguous(z), "none", normalised, epsilon, 0, 0,
     )  # fmt: skip
     return y, scale, LinearState(end_s[:, ::shared], end_z[:, ::shared])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize_kernels.configs import launch
 from linearize_kernels.gated_linear_attention import triton as kernels
-from linearize_kernels.operations import differentiate, operation
+from linearize_kernels.operations import differentiate, operation, power
 
 SPLIT_UNIT = 128
 """Splits are multiples of so many tokens, a multiple of every chunk."""
@@ -34,11 +34,6 @@ def split_tokens(rows: int, length: int) -> int:
     return -(-tokens // SPLIT_UNIT) * SPLIT_UNIT
 
 
-def power(size: int) -> int:
-    """What a tile of `size` columns is padded to."""
-    return max(16, 1 << (size - 1).bit_length())
-
-
 @dataclass
 class Inputs:
     """The tensors of one call and what follows from their shapes."""
@@ -55,6 +50,8 @@ class Inputs:
     key_bias: Optional
     feature_map: str
     normalised: bool
+    delay: int
+    skip: int
 
     def __post_init__(self) -> None:
         self.batch, self.length, self.heads, self.width = self.q.shape
@@ -93,7 +90,7 @@ class Inputs:
 
     @property
     def key_strides(self) -> tuple[int, ...]:
-        return (*self.k.stride()[:3], *self.v.stride()[:3])
+        return (*self.k.stride()[:3], *self.v.stride()[:3], self.delay, self.skip)
 
     def signed(self) -> list["Inputs"]:
         """One entry a pass: the second has the map of -u."""
@@ -151,10 +148,23 @@ def _fake_walk(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool, epsilon: float,
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = Inputs(
-        q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, feature_map, normalised
+        q,
+        k,
+        v,
+        gate,
+        mask,
+        segments,
+        query_weight,
+        key_weight,
+        query_bias,
+        key_bias,
+        feature_map,
+        normalised,
+        delay,
+        skip,
     )
     return *inputs.new_outputs(), *inputs.new_state(inputs.passes), *inputs.new_sums(inputs.passes)
 
@@ -164,14 +174,28 @@ def walk(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool, epsilon: float,
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Outputs [B, T, H, V] and scale [B, T, H] (or numerator and denominator), end state s and z, sums and carries.
 
     All tensors have unit stride in the last dimension; gate, mask, segments, maps, other and states are contiguous.
+    The key and value of token t are those of row t - delay; the first `skip` rows are left out.
     """
     whole = Inputs(
-        q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, feature_map, normalised
+        q,
+        k,
+        v,
+        gate,
+        mask,
+        segments,
+        query_weight,
+        key_weight,
+        query_bias,
+        key_bias,
+        feature_map,
+        normalised,
+        delay,
+        skip,
     )
     all_sums, all_carries = whole.new_sums(whole.passes)
     before: tuple[Tensor, Tensor] | None = None
@@ -210,7 +234,7 @@ def _fake_walk_backward(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool,
+    feature_map: str, normalised: bool, delay: int, skip: int,
     y: Tensor, scale: Tensor, end_s: Tensor, end_z: Tensor, all_sums: Tensor, all_carries: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     def like(x: Optional, dtype: torch.dtype | None = None) -> Tensor:
@@ -229,14 +253,27 @@ def walk_backward(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool,
+    feature_map: str, normalised: bool, delay: int, skip: int,
     y: Tensor, scale: Tensor, end_s: Tensor, end_z: Tensor, all_sums: Tensor, all_carries: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, gate, query_weight, key_weight, query_bias, key_bias, other, other_den, start_s, start_z;
     empty tensors for what was not given.
     """
     whole = Inputs(
-        q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, feature_map, normalised
+        q,
+        k,
+        v,
+        gate,
+        mask,
+        segments,
+        query_weight,
+        key_weight,
+        query_bias,
+        key_bias,
+        feature_map,
+        normalised,
+        delay,
+        skip,
     )
     dy = dy.to(v.dtype).contiguous()
     d_other, d_other_den = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (other, other_den))
@@ -290,6 +327,8 @@ def _one_pass(
 
     maps = (inputs.query_weight, inputs.key_weight, inputs.query_bias, inputs.key_bias)
     dq, dk, dv = per_head(inputs.width), per_head(inputs.width), per_head(inputs.values)
+    if inputs.delay:  # the last keys are nobody's
+        dk[:, -inputs.delay :], dv[:, -inputs.delay :] = 0, 0
     d_query_weight, d_key_weight, d_query_bias, d_key_bias = map(shares, maps)
     gate_term, d_gate = q.new_empty(0), q.new_empty(0)
     if gate is not None:
@@ -332,6 +371,7 @@ DIFFERENTIABLE = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13)
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:14], *output)
     ctx.feature_map, ctx.normalised = inputs[14:16]
+    ctx.delay, ctx.skip = inputs[17:]
     ctx.set_materialize_grads(False)
 
 
@@ -339,9 +379,18 @@ def _differentiate(ctx: Any, dy: Optional, d_scale: Optional, d_s: Optional, d_z
     tensors, outputs = ctx.saved_tensors[:14], ctx.saved_tensors[14:]
     dy = torch.zeros_like(outputs[0]) if dy is None else dy
     found = walk_backward(
-        dy, None if ctx.normalised else d_scale, d_s, d_z, *tensors, ctx.feature_map, ctx.normalised, *outputs
+        dy,
+        None if ctx.normalised else d_scale,
+        d_s,
+        d_z,
+        *tensors,
+        ctx.feature_map,
+        ctx.normalised,
+        ctx.delay,
+        ctx.skip,
+        *outputs,
     )
-    gradients: list[Optional] = [None] * 17
+    gradients: list[Optional] = [None] * 19
     for place, gradient in zip(DIFFERENTIABLE, found, strict=True):
         tensor = tensors[place]
         gradients[place] = gradient.to(tensor.dtype) if tensor is not None and ctx.needs_input_grad[place] else None

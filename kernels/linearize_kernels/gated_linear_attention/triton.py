@@ -356,8 +356,8 @@ def add_keys(sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v, since, tot
 
 @triton.jit
 def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
-                  k_batch, k_token, k_head, v_batch, v_token, v_head, length, chunks_a_split,
-                  H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
+                  k_batch, k_token, k_head, v_batch, v_token, v_head, delay, skip, length,
+                  chunks_a_split, H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                   width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                   K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                   MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
@@ -397,10 +397,10 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
     before = document(segments, first_chunk * C - 1, length, PACKED)
     for chunk in range(first_chunk, first_chunk + chunks_a_split):
         first = chunk * C
-        k_tile = load_rows(k, first, k_token, length, width, C, K)
-        v_tile = load_rows(v, first, v_token, length, tile, C, V)
+        k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+        v_tile = load_rows(v, first - delay, v_token, length, tile, C, V)
         since, total, _half = load_gates(gate, first, GH * gate_width, length, features, C, F, GATE)
-        real = key_flags(mask, first, length, C, MASKED)
+        real = key_flags(mask, first, delay + skip, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
         kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, SIGNS, PRECISION)
@@ -435,8 +435,8 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
 @triton.jit
 def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, other, other_den,
                  start_s, start_z, sums, carry, y, scale, end_s, end_z,
-                 q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length, chunks_a_split,
-                 epsilon,
+                 q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, delay, skip, length,
+                 chunks_a_split, epsilon,
                  H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                  width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
@@ -492,10 +492,10 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
     for chunk in range(first_chunk, tl.minimum(first_chunk + chunks_a_split, tl.cdiv(length, C))):
         first = chunk * C
         q_tile = load_rows(q, first, q_token, length, width, C, K)
-        k_tile = load_rows(k, first, k_token, length, width, C, K)
-        v_tile = load_rows(v, first, v_token, length, tile, C, V)
+        k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+        v_tile = load_rows(v, first - delay, v_token, length, tile, C, V)
         since, total, half = load_gates(gate, first, GH * gate_width, length, features, C, F, GATE)
-        real = key_flags(mask, first, length, C, MASKED)
+        real = key_flags(mask, first, delay + skip, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
         inside = first + tl.arange(0, C) < length
@@ -707,8 +707,8 @@ def add_up_splits_backwards(q, dy, gate, segments, query_weight, query_bias, sca
 def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias,
                          start_s, start_z, sums, carry, dy, scale, row_term,
                          query_gradient, weight_gradient, bias_gradient, gate_term,
-                         q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length,
-                         chunks_a_split,
+                         q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, delay,
+                         skip, length, chunks_a_split,
                          H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                          width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                          K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
@@ -763,13 +763,13 @@ def walk_query_gradients(q, k, v, gate, mask, segments, query_weight, key_weight
     for chunk in range(first_chunk, tl.minimum(first_chunk + chunks_a_split, tl.cdiv(length, C))):
         first = chunk * C
         q_tile = load_rows(q, first, q_token, length, width, C, K)
-        k_tile = load_rows(k, first, k_token, length, width, C, K)
-        v_tile = load_rows(v, first, v_token, length, values, C, V)
+        k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+        v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
         dy_tile = load_rows(dy, first, H * values, length, values, C, V)
         inverse = load_scale(scale, first, H, length, C, NORMALISED)
         term = load_column(row_term, first, H, length, C)
         since, total, half = load_gates(gate, first, GH * gate_width, length, features, C, F, GATE)
-        real = key_flags(mask, first, length, C, MASKED)
+        real = key_flags(mask, first, delay + skip, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
         inside = first + tl.arange(0, C) < length
@@ -856,8 +856,8 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
                        back_carry, dy, scale, row_term, gate_term,
                        key_gradient, value_gradient, weight_gradient, bias_gradient, gate_gradient,
                        start_s_gradient, start_z_gradient,
-                       q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length,
-                       chunks_a_split,
+                       q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, delay, skip,
+                       length, chunks_a_split,
                        H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                        width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                        K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
@@ -942,13 +942,13 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
     for index in range(0, chunks):
         first = (first_chunk + chunks - 1 - index) * C
         q_tile = load_rows(q, first, q_token, length, width, C, K)
-        k_tile = load_rows(k, first, k_token, length, width, C, K)
-        v_tile = load_rows(v, first, v_token, length, values, C, V)
+        k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+        v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
         dy_tile = load_rows(dy, first, H * values, length, values, C, V)
         inverse = load_scale(scale, first, H, length, C, NORMALISED)
         term = load_column(row_term, first, H, length, C)
         since, total, half = load_gates(gate, first, GH * gate_width, length, features, C, F, GATE)
-        real = key_flags(mask, first, length, C, MASKED)
+        real = key_flags(mask, first, delay + skip, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
         begins = document(segments, first, length, PACKED)
         inside = first + tl.arange(0, C) < length
@@ -991,7 +991,7 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
         d_value = tl.dot((kp * write).to(dtype), tl.trans(rp.to(dtype)), d_value, input_precision=PRECISION)
         if SIGNS == 2:
             d_value = tl.dot((kn * write).to(dtype), tl.trans(rn.to(dtype)), d_value, input_precision=PRECISION)
-        store_rows(value_gradient, d_value, first, H * values, length, values, C, V)
+        store_rows(value_gradient, d_value, first - delay, H * values, length, values, C, V)
         if GATE == "feature":
             change = load_rows(gate_term, first, H * gate_width, length, features, C, F) - own_term
             d_gate = tl.cumsum(change, 0, reverse=True) + gate_sum[None, :]
@@ -1007,11 +1007,11 @@ def walk_key_gradients(q, k, v, gate, mask, segments, query_weight, key_weight, 
             gate_sum += tl.sum(change, 0)
         du = map_gradient(u, kp, kn, dp, dn, MAP, False, SIGNS)
         if MAP == "none":
-            store_rows(key_gradient, tl.where(real[:, None], du, 0.0), first, H * width, length, width, C, K)
+            store_rows(key_gradient, tl.where(real[:, None], du, 0.0), first - delay, H * width, length, width, C, K)
         else:
             du = tl.where(real[:, None], du, 0.0)
             d_key = tl.dot(du.to(dtype), tl.trans(k_weight), input_precision=PRECISION)
-            store_rows(key_gradient, d_key, first, H * width, length, width, C, K)
+            store_rows(key_gradient, d_key, first - delay, H * width, length, width, C, K)
             d_weight += tl.dot(tl.trans(k_tile), du.to(dtype), input_precision=PRECISION)
             if BIAS:
                 d_bias += tl.sum(du, 0)

@@ -11,6 +11,8 @@ per sign, V value width.
 
 from __future__ import annotations
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from linearize_kernels.backend import uses_triton
@@ -39,6 +41,8 @@ def hedgehog_attention(
     mask_BT: Tensor | None = None,
     *,
     other: Branch | None = None,
+    delay: int = 0,
+    skip: int = 0,
 ) -> tuple[Tensor, LinearState]:
     """Causal, in linear time; memory of the size of the inputs.
 
@@ -51,6 +55,8 @@ def hedgehog_attention(
         segments_BT: document number of each token, non-decreasing along T; documents do not see each other.
         mask_BT: False = this token has no key.
         other: another branch under the same denominator, see `gated_linear_attention`.
+        delay: token t brings the key and value of row t - delay; the first `delay` tokens bring none.
+        skip: rows at the start that never come.
 
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
@@ -59,8 +65,14 @@ def hedgehog_attention(
     decodes = q_BTHK.shape[1] == 1 and state is not None
     if not decodes and uses_triton("hedgehog_attention", v_BTGV, *widths):
         return _walk(
-            q_BTHK, k_BTGK, v_BTGV, query_map, key_map, feature_map, log_gate_BTH, state, segments_BT, mask_BT, other
-        )
+            q_BTHK, k_BTGK, v_BTGV, query_map, key_map, feature_map, log_gate_BTH, state, segments_BT, mask_BT, other,
+            delay, skip,
+        )  # fmt: skip
+    if delay or skip:
+        length = k_BTGK.shape[1]
+        k_BTGK, v_BTGV = (F.pad(x, (0, 0, 0, 0, delay, 0))[:, :length] for x in (k_BTGK, v_BTGV))
+        comes_T = torch.arange(length, device=k_BTGK.device) >= delay + skip
+        mask_BT = comes_T.expand(k_BTGK.shape[0], -1) if mask_BT is None else mask_BT & comes_T
     q_BTHF = hedgehog_features(q_BTHK, *query_map, feature_map, "query")
     k_BTHF = hedgehog_features(k_BTGK, *key_map, feature_map, "key")
     if mask_BT is not None:
@@ -71,7 +83,7 @@ def hedgehog_attention(
 def _walk(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, query_map: Map, key_map: Map, feature_map: FeatureMap,
     log_gate_BTH: Tensor | None, state: LinearState | None, segments_BT: Tensor | None, mask_BT: Tensor | None,
-    other: Branch | None,
+    other: Branch | None, delay: int, skip: int,
 ) -> tuple[Tensor, LinearState]:  # fmt: skip
     from linearize_kernels.gated_linear_attention.launch import walk
 
@@ -85,6 +97,6 @@ def _walk(
         None if other is None else other.den_BTH.float().contiguous(),
         None if state is None else state.s_BJFV.float().contiguous(),
         None if state is None else state.z_BJF.float().contiguous(),
-        feature_map, True, 0.0,
+        feature_map, True, 0.0, delay, skip,
     )  # fmt: skip
     return y, LinearState(end_s, end_z)

@@ -1,8 +1,5 @@
-"""Softmax over a sliding window and a few sink tokens, as sums that another branch may be added to.
-
-Shape legend: B batch, T tokens, M keys (window - 1 before the first token, then the T own ones), H query heads,
-G key/value heads (H = G * R), K key width, V value width, S sink tokens, W window, N chunks, C tokens per chunk,
-U = W - 1 + C keys that a chunk's queries may see.
+"""Windows in torch: chunks of queries against the keys they may see. Legend in __init__.py; N chunks, C tokens of a
+chunk, U = W - 1 + C keys that a chunk's queries may see, R = H / G.
 """
 
 from __future__ import annotations
@@ -12,8 +9,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-__all__ = ["Sinks", "WindowSums", "naive_window_sums", "window_sums"]
 
 CHUNK = 64
 
@@ -40,7 +35,7 @@ def window_sums(
 
     Args:
         q_BTHK: queries, already rotated and scaled.
-        k_BMGK, v_BMGV: keys (rotated) and values; M = window - 1 + T. Those before the document: anything finite.
+        k_BMGK, v_BMGV: keys (rotated) and values, M >= T. Those before the document: anything finite.
         position_BT: index of each query in its document, -1 for padding: it sees so many keys back, never more.
         window: at least 1.
         sinks: seen by the queries whose window no longer reaches them; sink s is the document's token s.
@@ -50,14 +45,14 @@ def window_sums(
     length, heads = q_BTHK.shape[1:3]
     groups = k_BMGK.shape[2]
     dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-    assert k_BMGK.shape[1] == window - 1 + length, (k_BMGK.shape, window, length)
+    spare = k_BMGK.shape[1] - (window - 1 + length)  # rows that no query sees, or, below 0, rows that do not exist
     chunk = min(CHUNK, length)
     pad = -length % chunk
     count = (length + pad) // chunk
     span = window - 1 + chunk
 
     def spans(x_BMGX: Tensor) -> Tensor:  # [B, N, G, X, U]
-        return F.pad(x_BMGX.to(dtype), (0, 0, 0, 0, 0, pad)).unfold(1, span, chunk)
+        return F.pad(x_BMGX.to(dtype), (0, 0, 0, 0, -spare, pad)).unfold(1, span, chunk)
 
     q_BTGRK = q_BTHK.to(dtype).unflatten(2, (groups, heads // groups))
     q_BNGLK = F.pad(q_BTGRK, (0, 0, 0, 0, 0, 0, 0, pad)).unflatten(1, (count, chunk)).permute(0, 1, 3, 4, 2, 5)
@@ -101,32 +96,3 @@ def _with_sinks(equation: str, left_BTGRX: Tensor, sinks_BXSGY: Tensor) -> Tenso
     if sinks_BXSGY.shape[1] == 1:
         return torch.einsum(equation.replace("x", ""), left_BTGRX, sinks_BXSGY[:, 0])
     return torch.einsum(equation.replace("x", "t"), left_BTGRX, sinks_BXSGY)
-
-
-def naive_window_sums(
-    q_BTHK: Tensor, k_BMGK: Tensor, v_BMGV: Tensor, position_BT: Tensor, window: int, sinks: Sinks | None = None
-) -> WindowSums:
-    """The definition, one query and head at a time; for tests."""
-    batch, length, heads, _ = q_BTHK.shape
-    share = heads // k_BMGK.shape[2]
-    num = q_BTHK.new_zeros(batch, length, heads, v_BMGV.shape[-1])
-    den, top = q_BTHK.new_zeros(batch, length, heads), q_BTHK.new_zeros(batch, length, heads)
-    for b in range(batch):
-        for t in range(length):
-            position = int(position_BT[b, t])
-            back = range(min(window, position + 1))
-            for h in range(heads):
-                keys = [k_BMGK[b, window - 1 + t - r, h // share] for r in back]
-                values = [v_BMGV[b, window - 1 + t - r, h // share] for r in back]
-                if sinks is not None:
-                    x = t if sinks.k_BXSGK.shape[1] > 1 else 0
-                    old = [s for s in range(sinks.k_BXSGK.shape[2]) if position - s >= window]
-                    keys += [sinks.k_BXSGK[b, x, s, h // share] for s in old]
-                    values += [sinks.v_BXSGV[b, x, s, h // share] for s in old]
-                if not keys:
-                    continue
-                score = torch.stack(keys) @ q_BTHK[b, t, h]
-                top[b, t, h] = score.max()
-                weight = (score - score.max()).exp()
-                num[b, t, h], den[b, t, h] = weight @ torch.stack(values), weight.sum()
-    return WindowSums(num, den, top)
