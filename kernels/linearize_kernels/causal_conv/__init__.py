@@ -1,36 +1,77 @@
-"""Depthwise causal convolution over time with a short kernel.
+"""Depthwise causal convolutions over time with a few taps.
 
-Shape legend: B batch, T tokens, X input heads, H output heads (H = X * R), C channels, S taps.
+Shape legend: B batch, T tokens, X input heads, H output heads (H = X * R), C channels, S taps. In Triton: C tokens of a
+tile, W channels of one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
 from torch import Tensor
 
-__all__ = ["causal_conv"]
+from linearize_kernels.backend import uses_triton
+from linearize_kernels.causal_conv.chunk import causal_conv, chunk_causal_convs
+
+__all__ = ["causal_conv", "causal_convs"]
+
+MAX_TAPS = 4
+"""More taps run in torch."""
 
 
-def causal_conv(x_BMXC: Tensor, taps_HCS: Tensor, position_BT: Tensor) -> Tensor:
-    """y_t = sum_s taps_s x_t-s, over the tokens of t's own document only.
+def causal_convs(
+    xs: Sequence[Tensor],
+    taps: Sequence[Tensor],
+    position_BT: Tensor,
+    tails: Sequence[Tensor] | None = None,
+    padding_B: Tensor | None = None,
+    *,
+    shifts: Sequence[Tensor | None] | None = None,
+    activation: Literal["none", "silu"] = "none",
+    dtype: torch.dtype | None = None,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """y_t = activation(sum_s taps_s x_t-s + shift), over the tokens of t's own document only, of one to three inputs.
 
     Args:
-        x_BMXC: the last S - 1 tokens before the first (anything, where there were none) and the T tokens themselves:
-            M = S - 1 + T.
-        taps_HCS: filters; tap 0 belongs to the current token. With H > X, head h filters input head h // (H // X).
+        xs: tokens [B, T, X, C] of each input; heads and channels may differ.
+        taps: filters [H, C, S] of each; tap 0 belongs to the current token. With H > X, head h filters input head
+            h // (H // X).
         position_BT: index of each token in its document; -1 for padding. A token at position p sees p tokens back.
+        tails: the last S - 1 tokens [B, S - 1, X, C] before the first, of each input, as returned; None at the start.
+        padding_B: how many tokens at each row's left are padding: the tail stands after them. None = none anywhere.
+        shifts: [H, C] of each, or None.
+        dtype: of the outputs; None = the promoted dtype of x and taps.
 
     Returns:
-        [B, T, H, C] in the promoted dtype of x and taps.
+        outputs [B, T, H, C], and the last S - 1 tokens in the dtype of x, zeros before the first.
     """
-    heads, _, taps = taps_HCS.shape
-    length, groups = position_BT.shape[1], x_BMXC.shape[2]
-    assert x_BMXC.shape[1] == taps - 1 + length, (x_BMXC.shape, taps, length)
-    taps_XRCS = taps_HCS.unflatten(0, (groups, heads // groups))
-    y_BTXRC = None
-    for back in range(taps):
-        x_BTXC = x_BMXC[:, taps - 1 - back : taps - 1 - back + length]
-        x_BTXC = x_BTXC.masked_fill((position_BT < back)[:, :, None, None], 0)  # here, so that NaN reaches no gradient
-        term = x_BTXC.unsqueeze(3) * taps_XRCS[..., back]
-        y_BTXRC = term if y_BTXRC is None else y_BTXRC + term
-    assert y_BTXRC is not None
-    return y_BTXRC.flatten(2, 3)
+    if taps[0].shape[-1] <= MAX_TAPS and uses_triton("causal_conv", xs[0]):
+        return _launch(xs, taps, position_BT, tails, padding_B, shifts, activation == "silu", dtype)
+    return chunk_causal_convs(xs, taps, position_BT, tails, padding_B, shifts, activation, dtype)
+
+
+def _launch(
+    xs: Sequence[Tensor], taps: Sequence[Tensor], position_BT: Tensor, tails: Sequence[Tensor] | None,
+    padding_B: Tensor | None, shifts: Sequence[Tensor | None] | None, silu: bool, dtype: torch.dtype | None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """All inputs in one launch."""
+    from linearize_kernels.causal_conv.launch import MAX_INPUTS, convolve
+
+    count, none = len(xs), [None] * MAX_INPUTS
+    assert count == len(taps) <= MAX_INPUTS, (count, len(taps))
+    tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    before = none if tails is None else [tail.to(x.dtype).contiguous() for tail, x in zip(tails, xs, strict=True)]
+    added = none if shifts is None else [None if shift is None else shift.contiguous() for shift in shifts]
+    found = convolve(
+        *_slots(tokens), *_slots([x.contiguous() for x in taps]), *_slots(added), *_slots(before),
+        position_BT.contiguous(), None if padding_B is None else padding_B.contiguous(), silu,
+        dtype or torch.promote_types(xs[0].dtype, taps[0].dtype),
+    )  # fmt: skip
+    return list(found[:count]), list(found[MAX_INPUTS : MAX_INPUTS + count])
+
+
+def _slots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Three of them."""
+    return (*tensors, None, None)[:3]

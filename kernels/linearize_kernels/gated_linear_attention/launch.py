@@ -5,12 +5,12 @@ Shape legend in __init__.py; N splits. All state here is per query head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from linearize_kernels.bound import Bound, form, plan_for
 from linearize_kernels.configs import launch
 from linearize_kernels.gated_linear_attention import triton as kernels
 from linearize_kernels.operations import differentiate, operation, power
@@ -24,6 +24,9 @@ MIN_SPLIT, MAX_SPLITS, PROGRAMS = 256, 16, 256
 ONE_SIGN_FROM = 128
 """Features per sign from which p and n are walked one after the other: both states would not fit the registers."""
 
+FORWARD = ("add_up_splits", "walk_forward")
+"""Kernels that may share a head's values out over several programs."""
+
 Optional = Tensor | None
 
 
@@ -34,40 +37,31 @@ def split_tokens(rows: int, length: int) -> int:
     return -(-tokens // SPLIT_UNIT) * SPLIT_UNIT
 
 
-@dataclass
-class Inputs:
-    """The tensors of one call and what follows from their shapes."""
+class Plan:
+    """What follows from the forms of a call's tensors: sizes, how the sequence is split, and bound kernels."""
 
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    gate: Optional
-    mask: Optional
-    segments: Optional
-    query_weight: Optional
-    key_weight: Optional
-    query_bias: Optional
-    key_bias: Optional
-    feature_map: str
-    normalised: bool
-    delay: int
-    skip: int
-
-    def __post_init__(self) -> None:
-        self.batch, self.length, self.heads, self.width = self.q.shape
-        self.values = self.v.shape[-1]
-        self.features = self.width if self.query_weight is None else self.query_weight.shape[-1]
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+        query_weight: Optional, query_bias: Optional, feature_map: str, normalised: bool, delay: int, skip: int,
+    ) -> None:  # fmt: skip
+        self.batch, self.length, self.heads, self.width = q.shape
+        self.values, self.dtype, self.device = v.shape[-1], v.dtype, v.device
+        self.features = self.width if query_weight is None else query_weight.shape[-1]
+        self.feature_map, self.normalised, self.delay = feature_map, normalised, delay
         f = power(self.features)
-        self.passes = 2 if self.feature_map == "softmax" and f >= ONE_SIGN_FROM else 1
-        self.signs = 1 if self.query_weight is None or self.passes == 2 else 2
-        self.gate_kind = "none" if self.gate is None else "head" if self.gate.ndim == 3 else "feature"
+        self.passes = 2 if feature_map == "softmax" and f >= ONE_SIGN_FROM else 1
+        self.signs = 1 if query_weight is None or self.passes == 2 else 2
+        self.gate_kind = "none" if gate is None else "head" if gate.ndim == 3 else "feature"
         self.rows = self.batch * self.heads
         self.tokens = split_tokens(self.rows, self.length)
         self.splits = -(-self.length // self.tokens)
         self.carry_width = f if self.gate_kind == "feature" else 1
-        self.sizes: dict[str, Any] = {
+        self.key_heads, self.value_heads = k.shape[2], v.shape[2]
+        self.constants: dict[str, Any] = {
             "H": self.heads,
-            "GH": self.heads if self.gate is None else self.gate.shape[2],
+            "KH": self.key_heads,
+            "VH": self.value_heads,
+            "GH": self.heads if gate is None else gate.shape[2],
             "width": self.width,
             "features": self.features,
             "values": self.values,
@@ -75,66 +69,58 @@ class Inputs:
             "F": f,
             "V": power(self.values),
             "E": self.carry_width,
-            "MAP": self.feature_map,
+            "MAP": feature_map,
             "GATE": self.gate_kind,
-            "PACKED": self.segments is not None,
-            "BIAS": self.query_bias is not None,
+            "MASKED": mask is not None,
+            "PACKED": segments is not None,
+            "BIAS": query_bias is not None,
             "SIGNS": self.signs,
-            "PRECISION": "tf32" if self.v.dtype == torch.bfloat16 else "tf32x3",
+            "NORMALISED": normalised,
+            "PRECISION": "tf32" if v.dtype == torch.bfloat16 else "tf32x3",
         }
-        self.key_sizes = {"KH": self.k.shape[2], "VH": self.v.shape[2], "MASKED": self.mask is not None}
+        self.q_strides = q.stride()[:3]
+        self.key_strides = (*k.stride()[:3], *v.stride()[:3], delay, skip)
+        self.bound: dict[tuple[Any, ...], Bound] = {}
 
-    @property
-    def q_strides(self) -> tuple[int, ...]:
-        return self.q.stride()[:3]
+    def kernel(self, name: str, splits: int, *flags: tuple[str, bool]) -> Bound:
+        """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""
+        found = self.bound.get((name, *flags))
+        if found is None:
+            found = self.bound[name, *flags] = self._bind(name, splits, dict(flags))
+        return found
 
-    @property
-    def key_strides(self) -> tuple[int, ...]:
-        return (*self.k.stride()[:3], *self.v.stride()[:3], self.delay, self.skip)
+    def _bind(self, name: str, splits: int, flags: dict[str, bool]) -> Bound:
+        function = getattr(kernels, name)
+        constants = self.constants | flags | {"TILED": "gradients" not in name}
+        widest = max(constants["K"], constants["F"], constants["V"])
+        chosen = launch(name, self.dtype, widest, f"{self.feature_map} {self.gate_kind}")
+        grid: tuple[int, ...] = (self.rows, splits)
+        if name in FORWARD:
+            if chosen.values and self.values % chosen.values == 0:
+                constants["V"] = min(constants["V"], chosen.values)
+            grid = (*grid, -(-self.values // constants["V"]))
+        strides = {"add_up_splits": self.key_strides, "add_up_splits_backwards": self.q_strides}
+        numbers = (*strides.get(name, (*self.q_strides, *self.key_strides)), self.length, self.tokens // chosen.chunk)
+        constants["C"] = chosen.chunk
+        constants = {key: value for key, value in constants.items() if key in function.arg_names}
+        options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+        return Bound(function, grid, numbers, constants | options, self.device)
 
-    def signed(self) -> list["Inputs"]:
-        """One entry a pass: the second has the map of -u."""
-        if self.passes == 1:
-            return [self]
-        minus = {name: getattr(self, name) for name in ("query_weight", "key_weight", "query_bias", "key_bias")}
-        changes: dict[str, Any] = {name: None if x is None else -x for name, x in minus.items()}
-        return [self, replace(self, **changes)]
-
-    def config(self, kernel: str) -> tuple[int, int, dict[str, Any]]:
-        """Chunks of a split, tiles of the values, and the launch arguments of a kernel."""
-        widest = max(self.sizes["K"], self.sizes["F"], self.sizes["V"])
-        chosen = launch(kernel, self.v.dtype, widest, f"{self.feature_map} {self.gate_kind}")
-        tile = self.sizes["V"]
-        if chosen.values and self.values % chosen.values == 0:
-            tile = min(tile, chosen.values)
-        arguments = {"C": chosen.chunk, "V": tile, "num_warps": chosen.warps, "num_stages": chosen.stages}
-        return self.tokens // chosen.chunk, -(-self.values // tile), self.sizes | arguments
-
-    def or_q(self, *tensors: Optional) -> list[Tensor]:
-        """Missing tensors are never read; kernels need some address all the same."""
-        return [self.q if tensor is None else tensor for tensor in tensors]
-
-    def masks(self) -> list[Tensor]:
-        return self.or_q(self.gate, self.mask, self.segments)
-
-    def maps(self) -> list[Tensor]:
-        return self.or_q(self.query_weight, self.key_weight, self.query_bias, self.key_bias)
+    def new(self, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(sizes, dtype=dtype, device=self.device)
 
     def new_sums(self, passes: int) -> tuple[Tensor, Tensor]:
         """Memory for what the splits add, and for their carries."""
         shape = (passes, self.rows, self.splits - 1)
-        sums = self.q.new_empty(*shape, self.signs, self.values + 1, self.features, dtype=torch.float32)
-        return sums, self.q.new_empty(*shape, self.carry_width, dtype=torch.float32)
+        return self.new(*shape, self.signs, self.values + 1, self.features), self.new(*shape, self.carry_width)
 
     def new_state(self, passes: int) -> tuple[Tensor, Tensor]:
-        features = passes * self.signs * self.features
-        s = self.q.new_empty(self.batch, self.heads, features, self.values, dtype=torch.float32)
-        return s, self.q.new_empty(self.batch, self.heads, features, dtype=torch.float32)
+        shape = (self.batch, self.heads, passes * self.signs * self.features)
+        return self.new(*shape, self.values), self.new(*shape)
 
     def new_outputs(self) -> tuple[Tensor, Tensor]:
-        dtype = self.v.dtype if self.normalised else torch.float32
         shape = (self.batch, self.length, self.heads)
-        return self.q.new_empty(*shape, self.values, dtype=dtype), self.q.new_empty(shape, dtype=torch.float32)
+        return self.new(*shape, self.values, dtype=self.dtype if self.normalised else torch.float32), self.new(*shape)
 
     def own(self, number: int, *states: Optional) -> list[Optional]:
         """This pass's features of states s and z."""
@@ -144,29 +130,37 @@ class Inputs:
         return [None if x is None else x[:, :, place].contiguous() for x in states]
 
 
+def find_plan(
+    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+    query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
+    feature_map: str, normalised: bool, delay: int, skip: int,
+) -> Plan:  # fmt: skip
+    """The plan of calls like this one, made once."""
+    tensors = (q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias)
+    rest = (feature_map, normalised, delay, skip)
+    settings = (SPLIT_UNIT, MIN_SPLIT, MAX_SPLITS, PROGRAMS, ONE_SIGN_FROM)
+    key = ("walk", v.device, settings, *rest, *map(form, tensors))
+    return plan_for(key, lambda: Plan(*tensors[:7], query_bias, *rest))
+
+
+def signed(number: int, *maps: Optional) -> tuple[Optional, ...]:
+    """The maps of a pass: the second has those of -u."""
+    return maps if number == 0 else tuple(None if x is None else -x for x in maps)
+
+
+def given(stand_in: Tensor, *tensors: Optional) -> list[Tensor]:
+    """Missing tensors are never read; kernels need some address all the same."""
+    return [stand_in if x is None else x for x in tensors]
+
+
 def _fake_walk(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
     feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = Inputs(
-        q,
-        k,
-        v,
-        gate,
-        mask,
-        segments,
-        query_weight,
-        key_weight,
-        query_bias,
-        key_bias,
-        feature_map,
-        normalised,
-        delay,
-        skip,
-    )
-    return *inputs.new_outputs(), *inputs.new_state(inputs.passes), *inputs.new_sums(inputs.passes)
+    plan = Plan(q, k, v, gate, mask, segments, query_weight, query_bias, feature_map, normalised, delay, skip)
+    return *plan.new_outputs(), *plan.new_state(plan.passes), *plan.new_sums(plan.passes)
 
 
 @operation("walk", _fake_walk)
@@ -181,44 +175,26 @@ def walk(
     All tensors have unit stride in the last dimension; gate, mask, segments, maps, other and states are contiguous.
     The key and value of token t are those of row t - delay; the first `skip` rows are left out.
     """
-    whole = Inputs(
-        q,
-        k,
-        v,
-        gate,
-        mask,
-        segments,
-        query_weight,
-        key_weight,
-        query_bias,
-        key_bias,
-        feature_map,
-        normalised,
-        delay,
-        skip,
-    )
-    all_sums, all_carries = whole.new_sums(whole.passes)
+    maps = (query_weight, key_weight, query_bias, key_bias)
+    plan = find_plan(q, k, v, gate, mask, segments, *maps, feature_map, normalised, delay, skip)
+    all_sums, all_carries = plan.new_sums(plan.passes)
+    masks = given(q, gate, mask, segments)
     before: tuple[Tensor, Tensor] | None = None
     ends = []
-    for number, inputs in enumerate(whole.signed()):
-        last = number == whole.passes - 1
+    for number in range(plan.passes):
+        last = number == plan.passes - 1
         sums, carry = all_sums[number], all_carries[number]
-        y, scale = inputs.new_outputs()
-        starts = inputs.own(number, start_s, start_z)
-        end = inputs.new_state(1)
-        if inputs.splits > 1:
-            chunks, tiles, config = inputs.config("add_up_splits")
-            kernels.add_up_splits[(inputs.rows, inputs.splits - 1, tiles)](
-                k, v, *inputs.masks(), *inputs.or_q(inputs.key_weight, inputs.key_bias), sums, carry,
-                *inputs.key_strides, inputs.length, chunks, TILED=True, **inputs.key_sizes, **config,
-            )  # fmt: skip
-        chunks, tiles, config = inputs.config("walk_forward")
-        kernels.walk_forward[(inputs.rows, inputs.splits, tiles)](
-            q, k, v, *inputs.masks(), *inputs.maps(), *inputs.or_q(other, other_den, *starts), sums, carry, y, scale,
-            *end, *inputs.q_strides, *inputs.key_strides, inputs.length, chunks, epsilon if last else 0.0,
-            STARTED=start_s is not None, NORMALISED=normalised, OTHER=other is not None, TILED=True,
-            **inputs.key_sizes, **config,
-        )  # fmt: skip
+        y, scale = plan.new_outputs()
+        starts = plan.own(number, start_s, start_z)
+        end = plan.new_state(1)
+        own_maps = given(q, *signed(number, *maps))
+        if plan.splits > 1:
+            plan.kernel("add_up_splits", plan.splits - 1)((k, v, *masks, own_maps[1], own_maps[3], sums, carry))
+        flags = (("STARTED", start_s is not None), ("OTHER", other is not None))
+        plan.kernel("walk_forward", plan.splits, *flags)(
+            (q, k, v, *masks, *own_maps, *given(q, other, other_den, *starts), sums, carry, y, scale, *end),
+            epsilon if last else 0.0,
+        )
         ends.append(end)
         if before is not None and not normalised:
             y, scale = y + before[0], scale + before[1]
@@ -259,30 +235,17 @@ def walk_backward(
     """Gradients of q, k, v, gate, query_weight, key_weight, query_bias, key_bias, other, other_den, start_s, start_z;
     empty tensors for what was not given.
     """
-    whole = Inputs(
-        q,
-        k,
-        v,
-        gate,
-        mask,
-        segments,
-        query_weight,
-        key_weight,
-        query_bias,
-        key_bias,
-        feature_map,
-        normalised,
-        delay,
-        skip,
-    )
+    maps = (query_weight, key_weight, query_bias, key_bias)
+    plan = find_plan(q, k, v, gate, mask, segments, *maps, feature_map, normalised, delay, skip)
     dy = dy.to(v.dtype).contiguous()
-    d_other, d_other_den = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (other, other_den))
+    nothing = plan.new(0)
+    d_other, d_other_den = (nothing if x is None else torch.empty_like(x) for x in (other, other_den))
     if normalised:
         row_term = torch.empty_like(scale)
         count = row_term.numel()
         kernels.output_gradients[(-(-count // 64),)](
-            dy, y, scale, *whole.or_q(other, other_den), row_term, d_other, d_other_den, count,
-            values=whole.values, V=whole.sizes["V"], C=64, OTHER=other is not None,
+            dy, y, scale, *given(q, other, other_den), row_term, d_other, d_other_den, count,
+            values=plan.values, V=plan.constants["V"], C=64, OTHER=other is not None,
         )  # fmt: skip
     else:
         row_term = torch.zeros_like(scale) if d_scale is None else d_scale.contiguous()
@@ -291,9 +254,12 @@ def walk_backward(
         end_z_gradient = torch.zeros_like(end_z) if end_z_gradient is None else end_z_gradient.contiguous()
     states = (start_s, start_z, end_s, end_z, end_s_gradient, end_z_gradient)
     found = [
-        _one_pass(inputs, dy, scale, row_term, all_sums[number], all_carries[number], inputs.own(number, *states))
-        for number, inputs in enumerate(whole.signed())
-    ]
+        _one_pass(
+            plan, (q, k, v), (gate, mask, segments), signed(number, *maps), dy, scale, row_term,
+            all_sums[number], all_carries[number], plan.own(number, *states),
+        )
+        for number in range(plan.passes)
+    ]  # fmt: skip
     gradients = found[0]
     if len(found) == 2:  # the same q, k, v; maps of opposite sign; the states' features one after the other
         plus, minus = found
@@ -304,51 +270,44 @@ def walk_backward(
 
 
 def _one_pass(
-    inputs: Inputs, dy: Tensor, scale: Tensor, row_term: Tensor, sums: Tensor, carry: Tensor, states: list[Optional]
-) -> list[Tensor]:
+    plan: Plan, heads: tuple[Tensor, ...], flags: tuple[Optional, ...], maps: tuple[Optional, ...], dy: Tensor,
+    scale: Tensor, row_term: Tensor, sums: Tensor, carry: Tensor, states: list[Optional],
+) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, gate, the maps, and the state before."""
-    q, k, v, gate = inputs.q, inputs.k, inputs.v, inputs.gate
-    batch, length, heads, splits, rows = inputs.batch, inputs.length, inputs.heads, inputs.splits, inputs.rows
+    q, gate = heads[0], flags[0]
     start_s, start_z, end_s, end_z, end_s_gradient, end_z_gradient = states
-    (back_sums, back_carry), normalised = inputs.new_sums(1), inputs.normalised
-    if splits > 1:
-        chunks, _, config = inputs.config("add_up_splits_backwards")
-        kernels.add_up_splits_backwards[(rows, splits - 1)](
-            q, dy, *inputs.or_q(gate, inputs.segments, inputs.query_weight, inputs.query_bias), scale, row_term,
-            back_sums, back_carry, *inputs.q_strides, length, chunks, NORMALISED=normalised, TILED=True, **config,
-        )  # fmt: skip
+    masks, own_maps = given(q, *flags), given(q, *maps)
+    back_sums, back_carry = plan.new_sums(1)
+    if plan.splits > 1:
+        plan.kernel("add_up_splits_backwards", plan.splits - 1)(
+            (q, dy, masks[0], masks[2], own_maps[0], own_maps[2], scale, row_term, back_sums, back_carry)
+        )
 
-    def per_head(*sizes: int) -> Tensor:
-        return q.new_empty(batch, length, heads, *sizes)
+    shape = (plan.batch, plan.length, plan.heads)
+    dtype = plan.dtype
+    dq, dk = plan.new(*shape, plan.width, dtype=dtype), plan.new(*shape, plan.width, dtype=dtype)
+    dv = plan.new(*shape, plan.values, dtype=dtype)
+    if plan.delay:  # the last keys are nobody's
+        dk[:, -plan.delay :], dv[:, -plan.delay :] = 0, 0
+    nothing = plan.new(0)
 
     def shares(weight: Optional) -> Tensor:
-        shape = (0,) if weight is None else (batch, heads, splits, *weight.shape[1:])
-        return q.new_empty(shape, dtype=torch.float32)
+        return nothing if weight is None else plan.new(plan.batch, plan.heads, plan.splits, *weight.shape[1:])
 
-    maps = (inputs.query_weight, inputs.key_weight, inputs.query_bias, inputs.key_bias)
-    dq, dk, dv = per_head(inputs.width), per_head(inputs.width), per_head(inputs.values)
-    if inputs.delay:  # the last keys are nobody's
-        dk[:, -inputs.delay :], dv[:, -inputs.delay :] = 0, 0
     d_query_weight, d_key_weight, d_query_bias, d_key_bias = map(shares, maps)
-    gate_term, d_gate = q.new_empty(0), q.new_empty(0)
+    gate_term, d_gate = nothing, nothing
     if gate is not None:
-        gate_term = q.new_empty(batch, length, heads, *gate.shape[3:], dtype=torch.float32)
-        d_gate = torch.empty_like(gate_term)
-    strides, started = (*inputs.q_strides, *inputs.key_strides), start_s is not None
-    chunks, _, config = inputs.config("walk_query_gradients")
-    kernels.walk_query_gradients[(rows, splits)](
-        q, k, v, *inputs.masks(), *inputs.maps(), *inputs.or_q(start_s, start_z), sums, carry, dy, scale, row_term,
-        dq, d_query_weight, d_query_bias, gate_term, *strides, length, chunks,
-        STARTED=started, NORMALISED=normalised, TILED=False, **inputs.key_sizes, **config,
+        gate_term, d_gate = plan.new(*shape, *gate.shape[3:]), plan.new(*shape, *gate.shape[3:])
+    started = ("STARTED", start_s is not None)
+    plan.kernel("walk_query_gradients", plan.splits, started)(
+        (*heads, *masks, *own_maps, *given(q, start_s, start_z), sums, carry, dy, scale, row_term,
+         dq, d_query_weight, d_query_bias, gate_term)
     )  # fmt: skip
-    d_start_s, d_start_z = (q.new_empty(0) if x is None else torch.empty_like(x) for x in (start_s, start_z))
-    chunks, _, config = inputs.config("walk_key_gradients")
-    kernels.walk_key_gradients[(rows, splits)](
-        q, k, v, *inputs.masks(), *inputs.maps(), *inputs.or_q(start_s, start_z, end_s, end_z),
-        *inputs.or_q(end_s_gradient, end_z_gradient), sums, carry, back_sums, back_carry, dy, scale, row_term,
-        gate_term, dk, dv, d_key_weight, d_key_bias, d_gate, d_start_s, d_start_z, *strides, length, chunks,
-        STARTED=started, ENDED=end_s_gradient is not None, NORMALISED=normalised, TILED=False,
-        **inputs.key_sizes, **config,
+    d_start_s, d_start_z = (nothing if x is None else torch.empty_like(x) for x in (start_s, start_z))
+    plan.kernel("walk_key_gradients", plan.splits, started, ("ENDED", end_s_gradient is not None))(
+        (*heads, *masks, *own_maps, *given(q, start_s, start_z, end_s, end_z, end_s_gradient, end_z_gradient),
+         sums, carry, back_sums, back_carry, dy, scale, row_term, gate_term,
+         dk, dv, d_key_weight, d_key_bias, d_gate, d_start_s, d_start_z)
     )  # fmt: skip
 
     def grouped(gradient: Tensor, like: Optional) -> Tensor:
@@ -359,7 +318,7 @@ def _one_pass(
 
     shared = (d_query_weight, d_key_weight, d_query_bias, d_key_bias)
     return [
-        dq, grouped(dk, k), grouped(dv, v), grouped(d_gate, gate),
+        dq, grouped(dk, heads[1]), grouped(dv, heads[2]), grouped(d_gate, gate),
         *(x if x.ndim == 1 else x.sum((0, 2)) for x in shared), d_start_s, d_start_z,
     ]  # fmt: skip
 

@@ -434,9 +434,9 @@ def add_up_splits(k, v, gate, mask, segments, key_weight, key_bias, sums, carry,
 
 @triton.jit
 def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias, other, other_den,
-                 start_s, start_z, sums, carry, y, scale, end_s, end_z,
+                 start_s, start_z, sums, carry, y, scale, end_s, end_z, epsilon,
                  q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, delay, skip, length,
-                 chunks_a_split, epsilon,
+                 chunks_a_split,
                  H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                  width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,

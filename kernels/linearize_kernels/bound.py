@@ -1,0 +1,80 @@
+"""Kernels bound to their grids and constants, so that starting one costs little of the host's time.
+
+Triton's own way sorts and specialises every argument on every call, which takes longer than the small kernels here run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from linearize_kernels import configs
+
+Plan = TypeVar("Plan")
+
+MAX_PLANS = 4096
+_plans: dict[Hashable, Any] = {}
+
+
+def plan_for(key: tuple[Hashable, ...], make: Callable[[], Plan]) -> Plan:
+    """What `make` returned for this key before; `key` holds all that it depends on, but for the launch overrides."""
+    if configs.overrides:
+        return make()
+    found: Plan | None = _plans.get(key)
+    if found is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        found = _plans[key] = make()
+    return found
+
+
+def form(x: Tensor | None) -> Hashable:
+    """All that a launch depends on but the address."""
+    return None if x is None else (x.shape, x.stride(), x.dtype)
+
+
+class Bound:
+    """A kernel, its grid, and its last arguments.
+
+    Args:
+        kernel: a Triton kernel whose arguments are tensors, then other run-time scalars, `numbers`, and constants.
+        numbers: integers.
+        constants: constants by name, and launch options.
+        device: where it runs.
+    """
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        numbers: tuple[int, ...],
+        constants: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
+        self.full_grid = (*grid, 1, 1)[:3]
+        self.index = device.index if device.type == "cuda" else None
+        self.rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
+        self.compiled: Any = None
+
+    def __call__(self, tensors: Sequence[Tensor], *scalars: float) -> None:
+        """Start it on these tensors."""
+        if self.index is not None and self.index != torch.cuda.current_device():
+            with torch.cuda.device(self.index):
+                self._start(tensors, scalars)
+        else:
+            self._start(tensors, scalars)
+
+    def _start(self, tensors: Sequence[Tensor], scalars: tuple[float, ...]) -> None:
+        addresses = 0
+        for x in tensors:
+            addresses |= x.data_ptr()
+        if self.compiled is not None and not addresses & 15:
+            self.compiled[self.full_grid](*tensors, *scalars, *self.rest)
+            return
+        compiled = self.kernel[self.grid](*tensors, *scalars, *self.numbers, **self.constants)
+        if not addresses & 15:  # compiled for addresses like these
+            self.compiled = compiled
