@@ -1,0 +1,409 @@
+"""The gated delta rule in Triton, forward and backward, in the WY form (arXiv 2412.06464).
+
+The sequence is cut into chunks of C tokens. With b_i the log decay since the chunk's start, d_ij = exp(b_i - b_j),
+r_i = exp(b_i) what is left of the chunk's first state S, w_j = exp(b_C - b_j) what is left of a write at the end, and
+beta_i the writing strength, the corrections u solve a unit lower triangular system:
+
+    (I + L) U = Y,  L_ij = beta_i d_ij k_i . k_j for j < i,  Y_i = beta_i (v_i - r_i S^T k_i)
+    S' = exp(b_C) S + (w K)^T U,   O = (r Q) S + A U,   A_ij = d_ij q_i . k_j for j <= i
+
+`solve_chunks` inverts I + L of every chunk and stores X = (I + L)^-1, X beta V and W = X beta r K; `walk_states` takes
+the state from chunk to chunk, U = X beta V - W S; `read_states` reads all chunks at once. Backwards, with G = dS' the
+gradient of the state after a chunk,
+
+    dU = A^T dO + (w K) G,   dS = exp(b_C) G + (r Q)^T dO - W^T dU
+
+`gather_gradients` finds what does not depend on G, `walk_gradients` walks from the end, and `chunk_gradients` does the
+rest for all chunks at once. It needs no gradient of the inverse: dY = X^T dU and dL = -dY U^T below the diagonal. The
+log decay of token t gets the sum, over what reaches over it, of factor times the factor's gradient:
+
+    sum_i>=t (q_i . dq_i - k_i . dk_i + 2 beta_i h_i) + sum_j w_j k_j . (G u_j) + exp(b_C) <S, G>
+
+over the tokens of its chunk; h_i is what of dbeta_i comes through k_i.
+
+A token where the state is dropped, for it begins a document or forgets everything, is not a decay but a boundary: only
+tokens between the same two boundaries see each other. Sums of decays so stay short, and their differences exact.
+
+Shape legend of ../tiles.py; P query heads share each of J states, and are taken one after the other. V is a tile of the
+values where they are many.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from linearize_kernels.tiles import load_column, load_matrix, load_rows, store_column, store_matrix, store_rows
+
+FORGOTTEN = tl.constexpr(-50.0)
+"""Log decay under which a token forgets everything: of what came before, e^-50 would be left."""
+
+
+@triton.jit
+def load_decays(log_decay, segments, first, stride, length, C: tl.constexpr, PACKED: tl.constexpr):
+    """Of a chunk: log decay since its start [C], boundaries since then [C], whether a token is one [C], and the first
+    two at its end. A boundary's own decay does not count.
+    """
+    log = load_column(log_decay, first, stride, length, C)
+    boundary = log < FORGOTTEN
+    if PACKED:
+        token = tl.minimum(first + tl.arange(0, C), length - 1)
+        boundary = boundary | (tl.load(segments + token) != tl.load(segments + tl.maximum(token - 1, 0)))
+    log = tl.where(boundary, 0.0, log)
+    count = boundary.to(tl.int32)
+    return tl.cumsum(log, 0), tl.cumsum(count, 0), boundary, tl.sum(log, 0), tl.sum(count, 0)
+
+
+@triton.jit
+def pair_decays(since, boundaries, C: tl.constexpr, SELF: tl.constexpr, KEYS_FIRST: tl.constexpr):
+    """Decay from each token to each later one, or, SELF, to itself, [later, earlier] or, KEYS_FIRST, [earlier, later];
+    0 elsewhere and over boundaries.
+    """
+    row = tl.arange(0, C)
+    order = row[:, None] - row[None, :]
+    log = since[:, None] - since[None, :]
+    if KEYS_FIRST:
+        order = -order
+        log = -log
+    seen = (order >= (0 if SELF else 1)) & (boundaries[:, None] == boundaries[None, :])
+    return tl.where(seen, tl.exp(tl.minimum(log, 0.0)), 0.0)
+
+
+@triton.jit
+def read_decays(since, boundaries):
+    """What is left of the chunk's first state at each token."""
+    return tl.where(boundaries == 0, tl.exp(since), 0.0)
+
+
+@triton.jit
+def write_decays(since, boundaries, total, last):
+    """What is left of each token's write at the chunk's end."""
+    return tl.where(boundaries == last, tl.exp(total - since), 0.0)
+
+
+@triton.jit
+def invert(below, C: tl.constexpr, PRECISION: tl.constexpr):
+    """(I + below)^-1 of a strictly lower triangular tile [C, C]: row by row in blocks of 16, which are then merged."""
+    blocks: tl.constexpr = C // 16
+    row = tl.arange(0, 16)
+    block = tl.arange(0, blocks)
+    same = block[:, None, None, None] == block[None, None, :, None]
+    small = tl.sum(tl.where(same, tl.reshape(below, (blocks, 16, blocks, 16)), 0.0), 2)
+    inverse = tl.where(row[None, :, None] == row[None, None, :], 1.0, 0.0) + tl.zeros((blocks, 16, 16), tl.float32)
+    for index in range(1, 16):
+        here = row[None, :, None] == index
+        factors = tl.sum(tl.where(here, small, 0.0), 1)
+        change = tl.sum(factors[:, :, None] * inverse, 1)
+        inverse -= tl.where(here, change[:, None, :], 0.0)
+    whole = tl.reshape(tl.where(same, inverse[:, :, None, :], 0.0), (C, C))
+    if C >= 32:
+        whole = merge_blocks(whole, below, 16, C, PRECISION)
+    if C >= 64:
+        whole = merge_blocks(whole, below, 32, C, PRECISION)
+    return whole
+
+
+@triton.jit
+def merge_blocks(inverse, below, SIZE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverse of diagonal blocks of twice the size: [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]."""
+    block = tl.arange(0, C) // SIZE
+    between = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)
+    left = tl.dot(inverse, tl.where(between, below, 0.0), input_precision=PRECISION)
+    return inverse - tl.dot(left, inverse, input_precision=PRECISION)
+
+
+@triton.jit
+def solve_chunks(k, v, log_decay, beta, segments, inverse, u, erase,
+                 k_batch, k_token, k_head, v_batch, v_token, v_head, length,
+                 J: tl.constexpr, width: tl.constexpr, values: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                 C: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """X [B, J, N, C, C], X beta V [B, J, T, V] into `u`, and W [B, J, T, K] into `erase`; grid (B * J, N)."""
+    head = tl.program_id(0).to(tl.int64)
+    b = head // J
+    j = head % J
+    first = tl.program_id(1) * C
+    tile: tl.constexpr = V if values > V else values
+    k += b * k_batch + j * k_head
+    v += b * v_batch + j * v_head
+    gates = b * length * J + j
+    dtype = v.dtype.element_ty
+    k_tile = load_rows(k, first, k_token, length, width, C, K)
+    strength = load_column(beta + gates, first, J, length, C)
+    since, boundaries, _boundary, _total, _last = load_decays(
+        log_decay + gates, segments + b * length, first, J, length, C, PACKED
+    )
+    below = tl.dot(k_tile, tl.trans(k_tile), input_precision=PRECISION)
+    below *= strength[:, None] * pair_decays(since, boundaries, C, False, False)
+    found = invert(below, C, "tf32x3")
+    place = head * tl.num_programs(1) + tl.program_id(1)
+    store_matrix(inverse + place * C * C, found, C, 1, C, C, C, C)
+    found *= strength[None, :]
+    erased = (found * read_decays(since, boundaries)[None, :]).to(dtype)
+    erased = tl.dot(erased, k_tile, input_precision=PRECISION)
+    store_rows(erase + head * length * width, erased, first, width, length, width, C, K)
+    found = found.to(dtype)
+    u += head * length * values
+    for column in range(0, values, V):
+        v_tile = load_rows(v + column, first, v_token, length, tile, C, V)
+        fresh = tl.dot(found, v_tile, input_precision=PRECISION)
+        store_rows(u + column, fresh, first, values, length, tile, C, V)
+
+
+@triton.jit
+def walk_states(k, log_decay, segments, u, erase, start, states, end, k_batch, k_token, k_head, length,
+                J: tl.constexpr, width: tl.constexpr, values: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                C: tl.constexpr, PACKED: tl.constexpr, STARTED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """The state before each chunk [B, J, N, K, V] and after the last token, and U in the place of X beta V; grid
+    (B * J, tiles of V).
+    """
+    head = tl.program_id(0).to(tl.int64)
+    b = head // J
+    j = head % J
+    column = tl.program_id(1) * V
+    tile: tl.constexpr = V if values > V else values
+    size: tl.constexpr = width * values
+    k += b * k_batch + j * k_head
+    log_decay += b * length * J + j
+    segments += b * length
+    u += head * length * values + column
+    erase += head * length * width
+    states += head * tl.cdiv(length, C) * size + column
+    dtype = u.dtype.element_ty
+    s = tl.zeros((K, V), tl.float32)
+    if STARTED:
+        s = load_matrix(start + head * size + column, values, 1, width, tile, K, V)
+    for chunk in range(0, tl.cdiv(length, C)):
+        first = chunk * C
+        k_tile = load_rows(k, first, k_token, length, width, C, K)
+        w_tile = load_rows(erase, first, width, length, width, C, K)
+        fresh = load_rows(u, first, values, length, tile, C, V).to(tl.float32)
+        since, boundaries, _boundary, total, last = load_decays(log_decay, segments, first, J, length, C, PACKED)
+        rounded = s.to(dtype)
+        store_matrix(states, rounded, values, 1, width, tile, K, V)
+        correction = fresh - tl.dot(w_tile, rounded, input_precision=PRECISION)
+        store_rows(u, correction, first, values, length, tile, C, V)
+        correction *= write_decays(since, boundaries, total, last)[:, None]
+        s *= tl.where(last == 0, tl.exp(total), 0.0)
+        s = tl.dot(tl.trans(k_tile), correction.to(dtype), s, input_precision=PRECISION)
+        states += size
+    store_matrix(end + head * size + column, s, values, 1, width, tile, K, V)
+
+
+@triton.jit
+def read_states(q, k, log_decay, segments, u, states, o, q_batch, q_token, q_head, k_batch, k_token, k_head, length,
+                J: tl.constexpr, P: tl.constexpr, width: tl.constexpr, values: tl.constexpr, K: tl.constexpr,
+                V: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """o [B, T, H, V]; grid (B * J, N, tiles of V)."""
+    head = tl.program_id(0).to(tl.int64)
+    b = head // J
+    j = head % J
+    chunk = tl.program_id(1)
+    first = chunk * C
+    column = tl.program_id(2) * V
+    tile: tl.constexpr = V if values > V else values
+    q += b * q_batch + j * P * q_head
+    k += b * k_batch + j * k_head
+    o += (b * length * J + j) * P * values + column
+    dtype = u.dtype.element_ty
+    k_tile = load_rows(k, first, k_token, length, width, C, K)
+    u_tile = load_rows(u + head * length * values + column, first, values, length, tile, C, V)
+    place = head * tl.num_programs(1) + chunk
+    s_tile = load_matrix(states + place * width * values + column, values, 1, width, tile, K, V)
+    since, boundaries, _boundary, _total, _last = load_decays(
+        log_decay + b * length * J + j, segments + b * length, first, J, length, C, PACKED
+    )
+    pair = pair_decays(since, boundaries, C, True, False)
+    read = read_decays(since, boundaries)
+    for _p in range(0, P):
+        q_tile = load_rows(q, first, q_token, length, width, C, K)
+        score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * pair
+        answer = tl.dot(q_tile, s_tile, input_precision=PRECISION) * read[:, None]
+        answer = tl.dot(score.to(dtype), u_tile, answer, input_precision=PRECISION)
+        store_rows(o, answer, first, J * P * values, length, tile, C, V)
+        q += q_head
+        o += values
+
+
+@triton.jit
+def gather_gradients(q, k, log_decay, segments, do, du, state_gradients,
+                     q_batch, q_token, q_head, k_batch, k_token, k_head, length,
+                     J: tl.constexpr, P: tl.constexpr, width: tl.constexpr, values: tl.constexpr, K: tl.constexpr,
+                     V: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """A^T dO [B, J, T, V] and (r Q)^T dO [B, J, N, K, V], summed over the query heads of a state; grid (B * J, N,
+    tiles of V).
+    """
+    head = tl.program_id(0).to(tl.int64)
+    b = head // J
+    j = head % J
+    chunk = tl.program_id(1)
+    first = chunk * C
+    column = tl.program_id(2) * V
+    tile: tl.constexpr = V if values > V else values
+    q += b * q_batch + j * P * q_head
+    k += b * k_batch + j * k_head
+    do += (b * length * J + j) * P * values + column
+    dtype = do.dtype.element_ty
+    k_tile = load_rows(k, first, k_token, length, width, C, K)
+    since, boundaries, _boundary, _total, _last = load_decays(
+        log_decay + b * length * J + j, segments + b * length, first, J, length, C, PACKED
+    )
+    pair = pair_decays(since, boundaries, C, True, True)
+    read = read_decays(since, boundaries)
+    d_correction = tl.zeros((C, V), tl.float32)
+    d_state = tl.zeros((K, V), tl.float32)
+    for _p in range(0, P):
+        q_tile = load_rows(q, first, q_token, length, width, C, K)
+        do_tile = load_rows(do, first, J * P * values, length, tile, C, V)
+        score = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * pair
+        d_correction = tl.dot(score.to(dtype), do_tile, d_correction, input_precision=PRECISION)
+        carried = (do_tile * read[:, None]).to(dtype)
+        d_state = tl.dot(tl.trans(q_tile), carried, d_state, input_precision=PRECISION)
+        q += q_head
+        do += values
+    store_rows(du + head * length * values + column, d_correction, first, values, length, tile, C, V)
+    place = head * tl.num_programs(1) + chunk
+    store_matrix(state_gradients + place * width * values + column, d_state, values, 1, width, tile, K, V)
+
+
+@triton.jit
+def walk_gradients(k, log_decay, segments, erase, du, state_gradients, end_gradient, start_gradient,
+                   k_batch, k_token, k_head, length,
+                   J: tl.constexpr, width: tl.constexpr, values: tl.constexpr, K: tl.constexpr, V: tl.constexpr,
+                   C: tl.constexpr, PACKED: tl.constexpr, STARTED: tl.constexpr, ENDED: tl.constexpr,
+                   PRECISION: tl.constexpr):  # fmt: skip
+    """From the end to the start: dU and G in the places of what `gather_gradients` found, and the first state's
+    gradient; grid (B * J, tiles of V).
+    """
+    head = tl.program_id(0).to(tl.int64)
+    b = head // J
+    j = head % J
+    column = tl.program_id(1) * V
+    tile: tl.constexpr = V if values > V else values
+    size: tl.constexpr = width * values
+    chunks = tl.cdiv(length, C)
+    k += b * k_batch + j * k_head
+    log_decay += b * length * J + j
+    segments += b * length
+    erase += head * length * width
+    du += head * length * values + column
+    state_gradients += (head + 1) * chunks * size + column
+    dtype = du.dtype.element_ty
+    ds = tl.zeros((K, V), tl.float32)
+    if ENDED:
+        ds = load_matrix(end_gradient + head * size + column, values, 1, width, tile, K, V)
+    for index in range(0, chunks):
+        first = (chunks - 1 - index) * C
+        state_gradients -= size
+        k_tile = load_rows(k, first, k_token, length, width, C, K)
+        w_tile = load_rows(erase, first, width, length, width, C, K)
+        d_correction = load_rows(du, first, values, length, tile, C, V).to(tl.float32)
+        gathered = load_matrix(state_gradients, values, 1, width, tile, K, V).to(tl.float32)
+        since, boundaries, _boundary, total, last = load_decays(log_decay, segments, first, J, length, C, PACKED)
+        rounded = ds.to(dtype)
+        store_matrix(state_gradients, rounded, values, 1, width, tile, K, V)
+        write = write_decays(since, boundaries, total, last)
+        d_correction += tl.dot(k_tile, rounded, input_precision=PRECISION) * write[:, None]
+        store_rows(du, d_correction, first, values, length, tile, C, V)
+        ds = ds * tl.where(last == 0, tl.exp(total), 0.0) + gathered
+        ds -= tl.dot(tl.trans(w_tile), d_correction.to(dtype), input_precision=PRECISION)
+    if STARTED:
+        store_matrix(start_gradient + head * size + column, ds, values, 1, width, tile, K, V)
+
+
+@triton.jit
+def chunk_gradients(q, k, v, log_decay, beta, segments, inverse, u, states, do, du, state_gradients,
+                    q_gradient, k_gradient, v_gradient, log_decay_gradient, beta_gradient,
+                    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head, length,
+                    J: tl.constexpr, P: tl.constexpr, width: tl.constexpr, values: tl.constexpr, K: tl.constexpr,
+                    V: tl.constexpr, C: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """dq [B, T, H, K], dk [B, T, J, K], dv [B, T, J, V], and those of log decay and beta [B, T, J]; grid (B * J, N)."""
+    head = tl.program_id(0).to(tl.int64)
+    b = head // J
+    j = head % J
+    chunk = tl.program_id(1)
+    first = chunk * C
+    tile: tl.constexpr = V if values > V else values
+    row = b * length * J + j
+    q += b * q_batch + j * P * q_head
+    k += b * k_batch + j * k_head
+    v += b * v_batch + j * v_head
+    do += row * P * values
+    q_gradient += row * P * width
+    v_gradient += row * values
+    u += head * length * values
+    du += head * length * values
+    place = head * tl.num_programs(1) + chunk
+    states += place * width * values
+    state_gradients += place * width * values
+    dtype = v.dtype.element_ty
+    k_tile = load_rows(k, first, k_token, length, width, C, K)
+    strength = load_column(beta + row, first, J, length, C)
+    since, boundaries, boundary, total, last = load_decays(
+        log_decay + row, segments + b * length, first, J, length, C, PACKED
+    )
+
+    # through U = X Y and through the state after the chunk
+    x_tile = load_matrix(inverse + place * C * C, C, 1, C, C, C, C)
+    d_below = tl.zeros((C, C), tl.float32)
+    d_above = tl.zeros((C, C), tl.float32)  # transposed
+    d_read = tl.zeros((C, K), tl.float32)
+    d_key = tl.zeros((C, K), tl.float32)
+    d_strength = tl.zeros((C,), tl.float32)
+    worth = tl.zeros((), tl.float32)
+    for column in range(0, values, V):
+        u_tile = load_rows(u + column, first, values, length, tile, C, V)
+        du_tile = load_rows(du + column, first, values, length, tile, C, V)
+        v_tile = load_rows(v + column, first, v_token, length, tile, C, V)
+        s_tile = load_matrix(states + column, values, 1, width, tile, K, V)
+        g_tile = load_matrix(state_gradients + column, values, 1, width, tile, K, V)
+        dy = tl.dot(tl.trans(x_tile), du_tile, input_precision=PRECISION)
+        store_rows(v_gradient + column, dy * strength[:, None], first, J * values, length, tile, C, V)
+        d_strength += tl.sum(dy * v_tile, 1)
+        worth += tl.sum(tl.sum(s_tile.to(tl.float32) * g_tile, 0), 0)
+        dy = dy.to(dtype)
+        d_below = tl.dot(dy, tl.trans(u_tile), d_below, input_precision=PRECISION)
+        d_read = tl.dot(dy, tl.trans(s_tile), d_read, input_precision=PRECISION)
+        d_key = tl.dot(u_tile, tl.trans(g_tile), d_key, input_precision=PRECISION)
+        dy_flat = tl.dot(tl.trans(du_tile), x_tile, input_precision=PRECISION).to(dtype)
+        d_above = tl.dot(u_tile, dy_flat, d_above, input_precision=PRECISION)
+    d_key *= write_decays(since, boundaries, total, last)[:, None]
+    written = tl.sum(tl.sum(d_key * k_tile, 1), 0)
+    read = read_decays(since, boundaries)
+    d_below *= pair_decays(since, boundaries, C, False, False)
+    d_read = tl.dot(d_below.to(dtype), k_tile, d_read * read[:, None], input_precision=PRECISION)
+    through_key = tl.sum(d_read * k_tile, 1)
+    store_column(beta_gradient + row, d_strength - through_key, first, J, length, C)
+    d_key -= d_read * strength[:, None]
+    d_above *= pair_decays(since, boundaries, C, False, True) * strength[None, :]
+    d_key -= tl.dot(d_above.to(dtype), k_tile, input_precision=PRECISION)
+    term = -2 * strength * through_key
+
+    # through the outputs
+    pair = pair_decays(since, boundaries, C, True, False)
+    pair_back = pair_decays(since, boundaries, C, True, True)
+    for _p in range(0, P):
+        q_tile = load_rows(q, first, q_token, length, width, C, K)
+        d_score = tl.zeros((C, C), tl.float32)
+        d_score_back = tl.zeros((C, C), tl.float32)
+        d_query = tl.zeros((C, K), tl.float32)
+        for column in range(0, values, V):
+            do_tile = load_rows(do + column, first, J * P * values, length, tile, C, V)
+            u_tile = load_rows(u + column, first, values, length, tile, C, V)
+            s_tile = load_matrix(states + column, values, 1, width, tile, K, V)
+            d_score = tl.dot(do_tile, tl.trans(u_tile), d_score, input_precision=PRECISION)
+            d_score_back = tl.dot(u_tile, tl.trans(do_tile), d_score_back, input_precision=PRECISION)
+            d_query = tl.dot(do_tile, tl.trans(s_tile), d_query, input_precision=PRECISION)
+        d_query *= read[:, None]
+        d_query = tl.dot((d_score * pair).to(dtype), k_tile, d_query, input_precision=PRECISION)
+        d_key = tl.dot((d_score_back * pair_back).to(dtype), q_tile, d_key, input_precision=PRECISION)
+        store_rows(q_gradient, d_query, first, J * P * width, length, width, C, K)
+        term += tl.sum(d_query * q_tile, 1)
+        q += q_head
+        do += values
+        q_gradient += width
+    store_rows(k_gradient + row * width, d_key, first, J * width, length, width, C, K)
+
+    term -= tl.sum(d_key * k_tile, 1)
+    kept = tl.where(last == 0, tl.exp(total), 0.0) * worth
+    d_decay = tl.cumsum(term, 0, reverse=True) + written + kept
+    store_column(log_decay_gradient + row, tl.where(boundary, 0.0, d_decay), first, J, length, C)
