@@ -1,6 +1,6 @@
 """Operations of linear-attention students. Pure tensor functions: no modules, no transformers."""
 
-from linearize_kernels.causal_conv import causal_conv
+from linearize_kernels.causal_conv import causal_conv, causal_convs
 from linearize_kernels.gated_linear_attention import Branch, LinearState, gated_linear_attention, linear_sums
 from linearize_kernels.hedgehog_attention import hedgehog_attention
 from linearize_kernels.windowed_linear_attention import (
@@ -18,6 +18,7 @@ __all__ = [
     "Near",
     "Sinks",
     "causal_conv",
+    "causal_convs",
     "gated_linear_attention",
     "hedgehog_attention",
     "linear_sums",

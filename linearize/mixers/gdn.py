@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, StudentMixer
 from linearize.mixers.feature_maps import map_heads
 from linearize.mixers.gates import OPEN_GATE, HalfLife, rates
-from linearize.mixers.timeline import Timeline, begin, tail_of
-from linearize_kernels import causal_conv
+from linearize.mixers.timeline import Timeline, begin
+from linearize_kernels import causal_convs
 from linearize_kernels.gated_delta import gated_delta_rule
 
 START_BETA = 0.25
@@ -148,19 +148,11 @@ class Gdn(StudentMixer):
 
     def _convolve(self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None) -> tuple[HeadInputs, _Tails]:
         """The heads with q, k and v convolved, and the tokens that the next call needs."""
-        past, dtype = self.config.conv - 1, heads.v_BTGV.dtype
-        before = (None, None, None) if tails is None else tails[1:]
-        found, kept = [], []
-        for x_BTXC, tail, taps_XCS in (
-            (heads.q_BTHK, before[0], self.query_taps_HKS),
-            (heads.k_BTGK, before[1], self.key_taps_GKS),
-            (heads.v_BTGV, before[2], self.value_taps_GVS),
-        ):
-            assert taps_XCS is not None
-            x_BMXC = timeline.join(tail, x_BTXC.to(dtype), past)
-            found.append(causal_conv(x_BMXC, taps_XCS, timeline.position_BT))
-            kept.append(tail_of(x_BMXC, past))
-        q_BTHK, k_BTGK, v_BTGV = found
+        taps = [x for x in (self.query_taps_HKS, self.key_taps_GKS, self.value_taps_GVS) if x is not None]
+        (q_BTHK, k_BTGK, v_BTGV), kept = causal_convs(
+            [x_BTXC.to(heads.v_BTGV.dtype) for x_BTXC in (heads.q_BTHK, heads.k_BTGK, heads.v_BTGV)],
+            taps, timeline.position_BT, None if tails is None else tails[1:], timeline.padding_B,
+        )  # fmt: skip
         return replace(heads, q_BTHK=q_BTHK, k_BTGK=k_BTGK, v_BTGV=v_BTGV), _Tails(timeline.seen_B, *kept)
 
     def _delta_rule(self, heads: HeadInputs, state_BGKV: Tensor | None) -> tuple[Tensor, Tensor]:

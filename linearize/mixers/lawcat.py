@@ -22,8 +22,8 @@ from linearize.mixers.local import (
     local_state_bytes,
     read,
 )
-from linearize.mixers.timeline import Timeline, begin, tail_of
-from linearize_kernels import Branch, LinearState, causal_conv, gated_linear_attention, linear_sums
+from linearize.mixers.timeline import Timeline, begin
+from linearize_kernels import Branch, LinearState, causal_convs, gated_linear_attention, linear_sums
 
 GATE_RANK, GATE_STD, EPSILON = 16, 0.006, 1e-10
 """Width of the gate's bottleneck, spread of its weights at the start, and what is added to the denominator: the values
@@ -131,19 +131,19 @@ class Lawcat(StudentMixer):
 
     def _features(self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None) -> tuple[Tensor, Tensor, _Tails]:
         """Query and key features [B, T, H, 2F] after the convolutions; 0 for padded keys."""
-        past = self.config.kernel - 1
-        q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
+        q_BTHK, k_BTGK, dtype = heads.q_BTHK, heads.k_BTGK, heads.v_BTGV.dtype
         if self.config.rope and heads.rope is not None:
             q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
-        q_BMHK = timeline.join(None if tails is None else tails.q_BSHK, q_BTHK.to(heads.v_BTGV.dtype), past)
-        k_BMGK = timeline.join(None if tails is None else tails.k_BSGK, k_BTGK.to(heads.v_BTGV.dtype), past)
         key_map = self.query_map if self.key_map is None else self.key_map
         key_taps_HKS = self.query_taps_HKS if self.key_taps_HKS is None else self.key_taps_HKS
-        q_BTHF = self.query_map(causal_conv(q_BMHK, self.query_taps_HKS, timeline.position_BT), "query")
-        k_BTHF = key_map(causal_conv(k_BMGK, key_taps_HKS, timeline.position_BT), "key")
+        (q_BTHK, k_BTHK), kept = causal_convs(
+            (q_BTHK.to(dtype), k_BTGK.to(dtype)), (self.query_taps_HKS, key_taps_HKS), timeline.position_BT,
+            None if tails is None else tails[1:], timeline.padding_B,
+        )  # fmt: skip
+        q_BTHF, k_BTHF = self.query_map(q_BTHK, "query"), key_map(k_BTHK, "key")
         if heads.mask_BT is not None:
             k_BTHF = k_BTHF * heads.mask_BT[:, :, None, None]
-        return q_BTHF, k_BTHF, _Tails(timeline.seen_B, tail_of(q_BMHK, past), tail_of(k_BMGK, past))
+        return q_BTHF, k_BTHF, _Tails(timeline.seen_B, *kept)
 
     def _log_gate(self, heads: HeadInputs) -> Tensor:
         """[B, T, H, 2F] or [B, T, H]; 0 for padding."""

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import map_heads
 from linearize.mixers.gates import OPEN_GATE, HalfLife, rates
-from linearize.mixers.timeline import Timeline, begin, tail_of
-from linearize_kernels import causal_conv
+from linearize.mixers.timeline import Timeline, begin
+from linearize_kernels import causal_convs
 from linearize_kernels.ssd import ssd
 
 EPSILON = 1e-5
@@ -242,20 +242,15 @@ class Mamba2(StudentMixer):
 
     def _convolve(self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None) -> tuple[HeadInputs, _Tails]:
         """The heads as the state reads and writes them, in fp32, and the tokens that the next call needs."""
-        past, dtype = self.form.conv - 1, heads.v_BTGV.dtype
-        before = (None, None, None) if tails is None else tails[1:]
-        found, kept = [], []
-        for x_BTXC, tail, taps_XCS, shift_XC in (
-            (heads.q_BTHK, before[0], self.query_taps_HKS, self.query_shift_HK),
-            (heads.k_BTGK, before[1], self.key_taps_GKS, self.key_shift_GK),
-            (heads.v_BTGV, before[2], self.value_taps_GVS, self.value_shift_GV),
-        ):
-            x_BMXC = timeline.join(tail, x_BTXC.to(dtype), past)
-            y_BTXC = causal_conv(x_BMXC, taps_XCS, timeline.position_BT)
-            y_BTXC = y_BTXC if shift_XC is None else y_BTXC + shift_XC
-            found.append(F.silu(y_BTXC) if self.form.silu else y_BTXC)
-            kept.append(tail_of(x_BMXC, past))
-        q_BTHK, k_BTGK, v_BTGV = found
+        (q_BTHK, k_BTGK, v_BTGV), kept = causal_convs(
+            [x_BTXC.to(heads.v_BTGV.dtype) for x_BTXC in (heads.q_BTHK, heads.k_BTGK, heads.v_BTGV)],
+            (self.query_taps_HKS, self.key_taps_GKS, self.value_taps_GVS),
+            timeline.position_BT,
+            None if tails is None else tails[1:],
+            timeline.padding_B,
+            shifts=(self.query_shift_HK, self.key_shift_GK, self.value_shift_GV),
+            activation="silu" if self.form.silu else "none",
+        )
         q_BTHK = self._map(q_BTHK, self.query_weight_HKK, self.query_bias_HK)
         k_BTGK = self._map(k_BTGK, self.key_weight_GKK, self.key_bias_GK)
         if self.constant_H is not None:  # one more feature

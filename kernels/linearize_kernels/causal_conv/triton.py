@@ -20,7 +20,7 @@ def load_tokens(x, tail, first, x_token, tail_token, padding, length, column, wi
     inside = (column < width)[None, :]
     real = ((row >= padding) & (row < length))[:, None] & inside
     tile = tl.load(x + row.to(tl.int64)[:, None] * x_token + column[None, :], mask=real, other=0.0)
-    if STARTED:
+    if STARTED:  # noqa: SIM102 (known when compiling; the next is not)
         if first < padding:
             place = row - padding + (S - 1)
             earlier = ((row < padding) & (place >= 0))[:, None] & inside
@@ -76,27 +76,31 @@ def convolve_head(x, taps, shift, tail, y, end, x_token, positions, b, g, column
 
 
 @triton.jit
-def convolve(xs, taps, shifts, tails, ys, ends, strides, position, padding, length, tiles, SHAPES: tl.constexpr,
-             COUNT: tl.constexpr, S: tl.constexpr, C: tl.constexpr, W: tl.constexpr, COLUMNS: tl.constexpr,
-             STARTED: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+def convolve(x_1, x_2, x_3, taps_1, taps_2, taps_3, shift_1, shift_2, shift_3, tail_1, tail_2, tail_3, position,
+             padding, y_1, y_2, y_3, end_1, end_2, end_3, batch_1, token_1, head_1, batch_2, token_2, head_2, batch_3,
+             token_3, head_3, length, tiles, SHAPES: tl.constexpr, S: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+             COLUMNS: tl.constexpr, STARTED: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """Outputs and new tails. Grid: B rows, `tiles` tiles of tokens, COLUMNS tiles of channels of all inputs' heads."""
-    program = tl.program_id(0)
-    own = program % COLUMNS
-    b = (program // COLUMNS // tiles).to(tl.int64)
-    first = (program // COLUMNS) % tiles * C
+    xs, taps, shifts = (x_1, x_2, x_3), (taps_1, taps_2, taps_3), (shift_1, shift_2, shift_3)
+    tails, ys, ends = (tail_1, tail_2, tail_3), (y_1, y_2, y_3), (end_1, end_2, end_3)
+    batches, tokens, heads = (batch_1, batch_2, batch_3), (token_1, token_2, token_3), (head_1, head_2, head_3)
+    own = tl.program_id(0) % COLUMNS
+    tile = tl.program_id(0) // COLUMNS
+    b = (tile // tiles).to(tl.int64)
+    first = tile % tiles * C
     before = 0
     if PADDED:
         before = tl.load(padding + b).to(tl.int32)
     positions = load_positions(position + b * length, first, length, C)
     start = 0
-    for i in tl.static_range(COUNT):
-        blocks: tl.constexpr = (SHAPES[i][2] + W - 1) // W
+    for i in tl.static_range(len(SHAPES)):
+        blocks = (SHAPES[i][2] + W - 1) // W
         if (own >= start) & (own < start + SHAPES[i][0] * blocks):
             g = ((own - start) // blocks).to(tl.int64)
             column = (own - start) % blocks * W + tl.arange(0, W)
-            x = xs[i] + b * strides[3 * i] + g * strides[3 * i + 2]
-            convolve_head(x, taps[i], shifts[i], tails[i], ys[i], ends[i], strides[3 * i + 1], positions, b, g, column,
-                          first, before, length, SHAPES[i][0], SHAPES[i][1], SHAPES[i][2], SHAPES[i][3], S, C, STARTED,
+            x = xs[i] + b * batches[i] + g * heads[i]
+            convolve_head(x, taps[i], shifts[i], tails[i], ys[i], ends[i], tokens[i], positions, b, g, column, first,
+                          before, length, SHAPES[i][0], SHAPES[i][1], SHAPES[i][2], SHAPES[i][3], S, C, STARTED,
                           SILU)  # fmt: skip
         start += SHAPES[i][0] * blocks
 
@@ -112,17 +116,17 @@ def gradients_of_head(x, taps, shift, tail, dy, d_end, dx, d_tail, share, x_toke
     tail += (b * (S - 1) * X + g) * width
     sources = ()
     for number in tl.static_range(2 * S - 1 if SILU else S):
-        ahead = first + number - (S - 1)
-        tile = load_tokens(x, tail, ahead, x_token, X * width, padding, length, column, width, S, C, STARTED)
-        sources = sources + (tile,)
+        token = first + number - (S - 1)
+        tile = load_tokens(x, tail, token, x_token, X * width, padding, length, column, width, S, C, STARTED)
+        sources += (tile,)  # type: ignore[assignment]
     total = tl.zeros((C, column.shape[0]), tl.float32)
     for r in range(R):
         h = g * R + r
         for ahead in tl.static_range(S):
             positions = load_positions(position, first + ahead, length, C)
-            token = row + ahead
-            place = dy + ((b * length + token)[:, None] * (X * R) + h) * width + column[None, :]
-            one = tl.load(place, mask=((token >= 0) & (token < length))[:, None] & inside, other=0.0).to(tl.float32)
+            later = row + ahead
+            at = dy + ((b * length + later)[:, None] * (X * R) + h) * width + column[None, :]
+            one = tl.load(at, mask=((later >= 0) & (later < length))[:, None] & inside, other=0.0).to(tl.float32)
             if SILU:
                 y = tl.zeros((C, column.shape[0]), tl.float32)
                 for back in tl.static_range(S):
@@ -154,35 +158,40 @@ def gradients_of_head(x, taps, shift, tail, dy, d_end, dx, d_tail, share, x_toke
 
 
 @triton.jit
-def convolve_gradients(xs, taps, shifts, tails, dys, d_ends, dxs, d_tails, shares, strides, position, padding, length,
-                       tiles, SHAPES: tl.constexpr, COUNT: tl.constexpr, S: tl.constexpr, C: tl.constexpr,
-                       W: tl.constexpr, COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, STARTED: tl.constexpr,
-                       PADDED: tl.constexpr, ENDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+def convolve_gradients(x_1, x_2, x_3, taps_1, taps_2, taps_3, shift_1, shift_2, shift_3, tail_1, tail_2, tail_3,
+                       position, padding, dy_1, dy_2, dy_3, d_end_1, d_end_2, d_end_3, dx_1, dx_2, dx_3, d_tail_1,
+                       d_tail_2, d_tail_3, shares, batch_1, token_1, head_1, batch_2, token_2, head_2, batch_3, token_3,
+                       head_3, length, tiles, SHAPES: tl.constexpr, S: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
+                       COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, STARTED: tl.constexpr, PADDED: tl.constexpr,
+                       ENDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """Gradients of inputs and tails, and each tile's share of those of taps and shifts, [B * tiles, WEIGHTS].
 
     Grid as above; with tails, the tiles begin S - 1 tokens before the first.
     """
-    program = tl.program_id(0)
-    own = program % COLUMNS
-    tile = (program // COLUMNS).to(tl.int64)
-    b = tile // tiles
-    first = (program // COLUMNS) % tiles * C
+    xs, taps, shifts = (x_1, x_2, x_3), (taps_1, taps_2, taps_3), (shift_1, shift_2, shift_3)
+    tails, dys, d_ends = (tail_1, tail_2, tail_3), (dy_1, dy_2, dy_3), (d_end_1, d_end_2, d_end_3)
+    dxs, d_tails = (dx_1, dx_2, dx_3), (d_tail_1, d_tail_2, d_tail_3)
+    batches, tokens, heads = (batch_1, batch_2, batch_3), (token_1, token_2, token_3), (head_1, head_2, head_3)
+    own = tl.program_id(0) % COLUMNS
+    tile = tl.program_id(0) // COLUMNS
+    b = (tile // tiles).to(tl.int64)
+    first = tile % tiles * C
     if STARTED:
         first -= S - 1
     before = 0
     if PADDED:
         before = tl.load(padding + b).to(tl.int32)
+    share = shares + tile.to(tl.int64) * WEIGHTS
     start = 0
     weights = 0
-    for i in tl.static_range(COUNT):
-        blocks: tl.constexpr = (SHAPES[i][2] + W - 1) // W
+    for i in tl.static_range(len(SHAPES)):
+        blocks = (SHAPES[i][2] + W - 1) // W
         if (own >= start) & (own < start + SHAPES[i][0] * blocks):
             g = ((own - start) // blocks).to(tl.int64)
             column = (own - start) % blocks * W + tl.arange(0, W)
-            x = xs[i] + b * strides[3 * i] + g * strides[3 * i + 2]
-            gradients_of_head(x, taps[i], shifts[i], tails[i], dys[i], d_ends[i], dxs[i], d_tails[i],
-                              shares + tile * WEIGHTS + weights, strides[3 * i + 1], position + b * length, b, g,
-                              column, first, before, length, SHAPES[i][0], SHAPES[i][1], SHAPES[i][2], SHAPES[i][3],
-                              S, C, STARTED, ENDED, SILU)  # fmt: skip
+            x = xs[i] + b * batches[i] + g * heads[i]
+            gradients_of_head(x, taps[i], shifts[i], tails[i], dys[i], d_ends[i], dxs[i], d_tails[i], share + weights,
+                              tokens[i], position + b * length, b, g, column, first, before, length, SHAPES[i][0],
+                              SHAPES[i][1], SHAPES[i][2], SHAPES[i][3], S, C, STARTED, ENDED, SILU)  # fmt: skip
         start += SHAPES[i][0] * blocks
         weights += SHAPES[i][0] * SHAPES[i][1] * SHAPES[i][2] * (S + SHAPES[i][3])
