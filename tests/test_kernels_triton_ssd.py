@@ -63,7 +63,7 @@ def test_ssd_forgets_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LINEARIZE_BACKEND", "triton")
     o, state = ssd(*leaves)
     alone, _ = ssd(q[:, 40:], k[:, 40:], v[:, 40:], decay[:, 40:])
-    torch.testing.assert_close(o[:, 40:], alone, rtol=1e-4, atol=1e-5)
+    assert (o[:, 40:] - alone).abs().max() <= 1e-5 * alone.abs().max()  # other chunks, other roundings
     assert all(torch.isfinite(x).all() for x in torch.autograd.grad(o.square().sum() + state.sum(), leaves))
     with torch.no_grad():
         last, _ = ssd(q[:, :1], k[:, :1], v[:, :1], torch.full_like(decay[:, :1], float("-inf")), None, state)

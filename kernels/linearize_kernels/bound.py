@@ -36,6 +36,11 @@ def form(x: Tensor | None) -> Hashable:
     return None if x is None else (x.shape, x.stride(), x.dtype)
 
 
+def given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
+    """Missing tensors are never read; kernels need some address all the same."""
+    return [stand_in if x is None else x for x in tensors]
+
+
 class Bound:
     """A kernel, its grid, and its last arguments.
 

@@ -6,9 +6,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
+from torch import Tensor
+
+PLAIN = (Tensor, torch.nn.Parameter)
 
 _library = torch.library.Library("linearize", "FRAGMENT")
 
@@ -18,7 +22,8 @@ def operation(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as torch.ops.linearize.<name>; `fake` returns empty outputs of the right shapes.
 
-    Outputs must not share memory with inputs.
+    Outputs must not share memory with inputs. Calls that nobody differentiates or traces go to the function itself:
+    the dispatcher takes longer than a small kernel.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,9 +33,25 @@ def operation(
             _library.impl(name, function, device)
         torch.library.register_fake(f"linearize::{name}", fake, lib=_library)
         found: Callable[..., Any] = getattr(torch.ops.linearize, name).default
-        return found
+
+        @wraps(function)
+        def call(*arguments: Any) -> Any:
+            return (found if torch.compiler.is_compiling() or _observed(arguments) else function)(*arguments)
+
+        return call
 
     return register
+
+
+def _observed(arguments: tuple[Any, ...]) -> bool:
+    """Whether a gradient is wanted, or a mode or a kind of tensor of somebody else's has to see the call."""
+    if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    wanted = torch.is_grad_enabled()
+    for x in arguments:
+        if isinstance(x, Tensor) and ((wanted and x.requires_grad) or type(x) not in PLAIN):
+            return True
+    return False
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:

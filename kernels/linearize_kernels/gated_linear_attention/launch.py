@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize_kernels.bound import Bound, form, plan_for
+from linearize_kernels.bound import Bound, form, given, plan_for
 from linearize_kernels.configs import launch
 from linearize_kernels.gated_linear_attention import triton as kernels
 from linearize_kernels.operations import differentiate, operation, power
@@ -148,11 +148,6 @@ def signed(number: int, *maps: Optional) -> tuple[Optional, ...]:
     return maps if number == 0 else tuple(None if x is None else -x for x in maps)
 
 
-def given(stand_in: Tensor, *tensors: Optional) -> list[Tensor]:
-    """Missing tensors are never read; kernels need some address all the same."""
-    return [stand_in if x is None else x for x in tensors]
-
-
 def _fake_walk(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
@@ -183,7 +178,7 @@ def walk(
     ends = []
     for number in range(plan.passes):
         last = number == plan.passes - 1
-        sums, carry = all_sums[number], all_carries[number]
+        sums, carry = (all_sums, all_carries) if plan.passes == 1 else (all_sums[number], all_carries[number])
         y, scale = plan.new_outputs()
         starts = plan.own(number, start_s, start_z)
         end = plan.new_state(1)

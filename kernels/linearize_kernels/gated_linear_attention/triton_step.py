@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize_kernels.operations import operation
+from linearize_kernels.bound import Bound, form, plan_for
+from linearize_kernels.operations import operation, power
 
 MIN_LOG_GATE = tl.constexpr(-5.0)
 FORGOTTEN = tl.constexpr(-100.0)
@@ -24,7 +25,7 @@ Optional = Tensor | None
 
 
 @triton.jit
-def step_kernel(q, k, v, gate, s, z, new_s, new_z, y, den, q_batch, q_head, k_batch, k_head, v_batch, v_head, epsilon,
+def step_kernel(q, k, v, gate, s, z, new_s, new_z, y, den, epsilon, q_batch, q_head, k_batch, k_head, v_batch, v_head,
                 J: tl.constexpr, P: tl.constexpr, M: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                 F: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, GATE: tl.constexpr,
                 NORMALISED: tl.constexpr):  # fmt: skip
@@ -105,14 +106,19 @@ def _launch(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, s: Tensor, z: Tensor, new_s: Tensor, new_z: Tensor, y: Tensor,
     den: Tensor, normalised: bool, epsilon: float,
 ) -> None:  # fmt: skip
-    batch, _, heads, features = q.shape
-    key_heads, values = k.shape[2], v.shape[-1]
-    tiles = -(-values // TILE)
-    shares = 1 if batch * key_heads >= PROGRAMS else tiles
-    step_kernel[(batch * key_heads, shares)](
-        q, k, v, k if gate is None else gate, s, z, new_s, new_z, y, den,
-        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), epsilon,
-        J=key_heads, P=heads // key_heads, M=key_heads // v.shape[2], features=features, values=values,
-        F=max(16, 1 << (features - 1).bit_length()), TILE=TILE, TILES=tiles // shares,
-        GATE="none" if gate is None else "head" if gate.ndim == 3 else "feature", NORMALISED=normalised, num_warps=4,
-    )  # fmt: skip
+    def bind() -> Bound:
+        batch, _, heads, features = q.shape
+        key_heads, values = k.shape[2], v.shape[-1]
+        tiles = -(-values // TILE)
+        shares = 1 if batch * key_heads >= PROGRAMS else tiles
+        constants = {
+            "J": key_heads, "P": heads // key_heads, "M": key_heads // v.shape[2], "features": features,
+            "values": values, "F": power(features), "TILE": TILE, "TILES": tiles // shares,
+            "GATE": "none" if gate is None else "head" if gate.ndim == 3 else "feature", "NORMALISED": normalised,
+            "num_warps": 4,
+        }  # fmt: skip
+        strides = (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2))
+        return Bound(step_kernel, (batch * key_heads, shares), strides, constants, v.device)
+
+    key = ("step", v.device, normalised, y.dtype, s.dtype, *map(form, (q, k, v, gate)))
+    plan_for(key, bind)((q, k, v, k if gate is None else gate, s, z, new_s, new_z, y, den), epsilon)
