@@ -3,9 +3,9 @@
     python scripts/bench_kernels.py --out out/kernels
 
 Ours, flash-linear-attention (when it is installed), torch's SDPA with flash attention and with cuDNN: milliseconds,
-the share of it that moving the inputs and outputs once would take, and peak memory. Ceilings (a device copy, a matrix
-product) are measured in the same run. Then prefill of a whole student of SmolLM2-135M's shape against its teacher,
-random weights. Writes results.json and time.png.
+the shares of it that moving the inputs and outputs once and the matrix products would take, and peak memory. Ceilings
+(a device copy, a matrix product) are measured in the same run. Prefill of a whole student of SmolLM2-135M's shape
+against its teacher, random weights. Writes results.json and time.png.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from linearize_kernels import gated_linear_attention, hedgehog_attention
+from linearize_kernels import Far, Near, gated_linear_attention, hedgehog_attention, windowed_linear_attention
 from linearize_kernels.gated_linear_attention.triton_step import step_
 from linearize_kernels.hedgehog_attention import Map
 
@@ -39,6 +39,8 @@ SHAPES = {  # B, H, G, D, T
     "B1 H32/8 D128 T8192": (1, 32, 8, 128, 8192),
 }
 BACKWARD = ("B4 H16 D64 T8192", "B8 H16 D64 T2048", "B4 H9/3 D64 T8192")
+MAIN = "B4 H16 D64 T8192"
+OURS = ("hedgehog", "window of 64 + hedgehog", "per-channel decay + normaliser")
 CURVE = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
@@ -58,49 +60,63 @@ def ceilings() -> dict[str, float]:
     return {"copy_tb_s": 2 * source.numel() / copy / 1e9, "matmul_tflop_s": 2 * 8192**3 / product / 1e9}
 
 
-def contenders(shape: tuple[int, int, int, int, int]) -> dict[str, tuple[Call, list[Tensor], int]]:
-    """By name: the call, what gets gradients, and the bytes of its inputs and outputs."""
+class Contender(NamedTuple):
+    """What is timed, what gets gradients, the bytes of inputs and outputs, and the products it cannot do without."""
+
+    call: Call
+    leaves: list[Tensor]
+    bytes: int
+    flops: int
+
+
+def contenders(shape: tuple[int, int, int, int, int]) -> dict[str, Contender]:
+    """By name. Products of linear attention are counted for chunks of 64, those of softmax for half of the pairs."""
     batch, heads, groups, width, length = shape
 
     def new(count: int, *rest: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(batch, length, count, *rest, device="cuda", dtype=dtype).requires_grad_()
 
     q, k, v = new(heads, width), new(groups, width), new(groups, width)
+    rows = batch * length * heads
     moved = 2 * batch * length * width * (2 * heads + 2 * groups)
     maps = [(torch.randn(heads, width, width, device="cuda") * width**-0.5).requires_grad_() for _ in range(2)]
     gate = (-0.1 * torch.rand(batch, length, groups, width, device="cuda")).requires_grad_()
     features = [x.detach().abs().requires_grad_() for x in (q, k)]
-    found: dict[str, tuple[Call, list[Tensor], int]] = {
-        "hedgehog": (
-            lambda: hedgehog_attention(q, k, v, Map(maps[0]), Map(maps[1]))[0],
+    linear = rows * (4 * 2 * width * width + 64 * 3 * width)
+    mapped = linear + rows * 4 * width * width
+    found = {
+        "hedgehog": Contender(
+            lambda: hedgehog_attention(q, k, v, Map(maps[0]), Map(maps[1]))[0], [q, k, v, *maps], moved, mapped
+        ),
+        "window of 64 + hedgehog": Contender(
+            lambda: windowed_linear_attention(Near(q, k, v), Far(q, k, v, Map(maps[0]), Map(maps[1])), 64)[0],
             [q, k, v, *maps],
             moved,
+            mapped + rows * 64 * 4 * width,
         ),
-        "per-channel decay + normaliser": (
+        "per-channel decay + normaliser": Contender(
             lambda: gated_linear_attention(*features, v, gate)[0],
             [*features, v, gate],
             moved + 4 * gate.numel(),
+            rows * (4 * width * width + 64 * 2 * width),
         ),
     }
-    rows = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
+    turned = [x.detach().transpose(1, 2).contiguous().requires_grad_() for x in (q, k, v)]
     for name, backend in (("flash", SDPBackend.FLASH_ATTENTION), ("cudnn", SDPBackend.CUDNN_ATTENTION)):
 
         def softmax(backend: SDPBackend = backend) -> Tensor:
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*rows, is_causal=True, enable_gqa=groups != heads)
+                return F.scaled_dot_product_attention(*turned, is_causal=True, enable_gqa=groups != heads)
 
-        found[f"softmax, {name}"] = (softmax, rows, moved)
+        found[f"softmax, {name}"] = Contender(softmax, turned, moved, rows * length * 2 * width)
     if groups == heads:
-        found |= fla(q, k, v, features, gate, maps, moved)
+        found |= fla(q, k, v, maps, moved, mapped)
     return found
 
 
-def fla(
-    q: Tensor, k: Tensor, v: Tensor, features: list[Tensor], gate: Tensor, maps: list[Tensor], moved: int
-) -> dict[str, tuple[Call, list[Tensor], int]]:
+def fla(q: Tensor, k: Tensor, v: Tensor, maps: list[Tensor], moved: int, flops: int) -> dict[str, Contender]:
     """flash-linear-attention's way to the same; nothing where it is not installed."""
     try:
-        from fla.ops.gla import chunk_gla
         from fla.ops.linear_attn import chunk_linear_attn
     except ImportError as error:
         print(f"flash-linear-attention is left out: {error}")
@@ -110,22 +126,34 @@ def fla(
         u = torch.einsum("bthk,hkf->bthf", x, weight.to(x.dtype))
         return torch.cat([u.softmax(-1), (-u).softmax(-1)], dim=-1)
 
-    return {
-        "fla, hedgehog": (
-            lambda: chunk_linear_attn(mapped(q, maps[0]), mapped(k, maps[1]), v, scale=1.0, normalize=True)[0],
-            [q, k, v, *maps],
-            moved,
-        ),
-        "fla, gla without normaliser": (
-            lambda: chunk_gla(*features, v, gate.to(v.dtype), scale=1.0)[0],
-            [*features, v, gate],
-            moved,
-        ),
-    }
+    def call() -> Tensor:
+        y: Tensor = chunk_linear_attn(mapped(q, maps[0]), mapped(k, maps[1]), v, scale=1.0, normalize=True)[0]
+        return y
+
+    return {"fla, hedgehog": Contender(call, [q, k, v, *maps], moved, flops)}
 
 
-def measure(call: Call, leaves: list[Tensor], moved: int, backward: bool, copy_tb_s: float) -> dict[str, float]:
-    """Milliseconds, share of the bytes floor, and memory beyond what was there."""
+def fla_gla(shape: tuple[int, int, int, int, int]) -> dict[str, Contender]:
+    """Its per-channel decay, without normaliser. Tuning itself takes it minutes."""
+    try:
+        from fla.ops.gla import chunk_gla
+    except ImportError:
+        return {}
+    batch, heads, _, width, length = shape
+    size = (batch, length, heads, width)
+    q, k, v = (torch.rand(size, device="cuda", dtype=torch.bfloat16).requires_grad_() for _ in range(3))
+    gate = (-0.1 * torch.rand(size, device="cuda", dtype=torch.bfloat16)).requires_grad_()
+    rows = batch * length * heads
+    flops = rows * (4 * width * width + 64 * 2 * width)
+    call = lambda: chunk_gla(q, k, v, gate, scale=1.0)[0]  # noqa: E731
+    return {"fla, gla without normaliser": Contender(call, [q, k, v, gate], 10 * rows * width, flops)}
+
+
+def measure(found: Contender, backward: bool, top: dict[str, float]) -> dict[str, float]:
+    """Milliseconds, also in a CUDA graph, where the host takes none; shares of the ceilings; memory beyond what was."""
+    from triton.testing import do_bench_cudagraph
+
+    call = found.call
     with torch.no_grad():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -133,12 +161,14 @@ def measure(call: Call, leaves: list[Tensor], moved: int, backward: bool, copy_t
         torch.cuda.synchronize()
         peak = torch.cuda.max_memory_allocated() - before
         result = {"forward_ms": median(call), "forward_peak_mb": peak / 1e6}
-    result["bytes_floor_share"] = moved / copy_tb_s / 1e9 / result["forward_ms"]
+        result["forward_graph_ms"] = float(do_bench_cudagraph(call, rep=40, return_mode="median"))
+    result["bytes_floor_share"] = found.bytes / top["copy_tb_s"] / 1e9 / result["forward_graph_ms"]
+    result["matmul_share"] = found.flops / top["matmul_tflop_s"] / 1e9 / result["forward_graph_ms"]
     if backward:
         weight = torch.randn_like(call())
 
         def both() -> None:
-            torch.autograd.grad(call(), leaves, weight)
+            torch.autograd.grad(call(), found.leaves, weight)
 
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -151,7 +181,7 @@ def measure(call: Call, leaves: list[Tensor], moved: int, backward: bool, copy_t
 
 def host_time() -> float:
     """Microseconds of Python for one Hedgehog forward whose work on the GPU is nothing."""
-    call = contenders((1, 4, 4, 64, 128))["hedgehog"][0]
+    call = contenders((1, 4, 4, 64, 128))["hedgehog"].call
     with torch.no_grad():
         for _ in range(20):
             call()
@@ -181,8 +211,11 @@ def decode(copy_tb_s: float) -> list[dict[str, float]]:
 
 
 def prefill(recipe: str) -> list[dict[str, Any]]:
-    """Milliseconds of one forward over T tokens, student and SDPA teacher of SmolLM2-135M's shape, bf16."""
+    """Milliseconds of one forward over T tokens, student and SDPA teacher of SmolLM2-135M's shape, bf16; also replayed
+    from a CUDA graph, where neither waits for the host.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
+    from triton.testing import do_bench_cudagraph
 
     from linearize.attention import StudentAttention
     from linearize.recipe import load_recipe
@@ -203,10 +236,11 @@ def prefill(recipe: str) -> list[dict[str, Any]]:
     found = []
     lengths = [2048, 4096, 8192, 32768]
 
-    def run(length: int) -> float:
+    def run(length: int) -> dict[str, float]:
         tokens = torch.randint(0, 49152, (1, length), device="cuda")
+        call = lambda: model(tokens, logits_to_keep=1, use_cache=False)  # noqa: E731
         with torch.no_grad():
-            return median(lambda: model(tokens, logits_to_keep=1))
+            return {"ms": median(call), "graph_ms": float(do_bench_cudagraph(call, rep=60, return_mode="median"))}
 
     teacher = {length: run(length) for length in lengths}
     chosen = load_recipe(recipe)
@@ -214,9 +248,8 @@ def prefill(recipe: str) -> list[dict[str, Any]]:
     model.to(device="cuda", dtype=torch.bfloat16)
     layers = sum(isinstance(module, StudentAttention) for module in model.modules())
     for length in lengths:
-        found.append(
-            {"recipe": recipe, "layers": layers, "T": length, "teacher_ms": teacher[length], "ms": run(length)}
-        )
+        row = {"recipe": recipe, "layers": layers, "T": length}
+        found.append(row | {f"teacher_{name}": x for name, x in teacher[length].items()} | run(length))
         print(found[-1], flush=True)
     return found
 
@@ -235,6 +268,22 @@ def draw(curve: dict[str, dict[int, float]], out: Path) -> None:
     axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward", title="B1 H16 D64, bf16")
     axes.legend()
     figure.savefig(out / "time.png", dpi=120, bbox_inches="tight")
+
+
+def ratios(shapes: dict[str, dict[str, dict[str, Any]]]) -> list[str]:
+    """Ours against each of the others: times in the same run, divided."""
+    lines = []
+    for shape, rows in shapes.items():
+        for name in OURS:
+            for other, row in rows.items():
+                if other not in OURS:
+                    found = [
+                        f"{key} {rows[name][key] / row[key]:.2f}"
+                        for key in ("forward_ms", "forward_graph_ms", "both_ms")
+                        if key in rows.get(name, {}) and key in row
+                    ]
+                    lines.append(f"{shape}: {name} / {other}: " + ", ".join(found))
+    return lines
 
 
 def main() -> int:
@@ -258,28 +307,34 @@ def main() -> int:
     record["decode H32 D128"] = decode(top["copy_tb_s"])
     record["prefill"] = [row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe)]
     record["shapes"] = {}
-    for name, shape in SHAPES.items():
-        rows = record["shapes"][name] = {}
-        for contender, (call, leaves, moved) in contenders(shape).items():
-            if contender in options.skip:
-                continue
-            try:
-                rows[contender] = measure(call, leaves, moved, name in BACKWARD, top["copy_tb_s"])
-            except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
-                rows[contender] = {"error": str(error)[:200]}
-            shown = {key: x if isinstance(x, str) else round(x, 3) for key, x in rows[contender].items()}
-            print(name, contender, shown, flush=True)
+
+    def add(shape: str, name: str, contender: Contender) -> None:
+        if name in options.skip:
+            return
+        try:
+            row: dict[str, Any] = measure(contender, shape in BACKWARD, top)
+        except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
+            row = {"error": str(error)[:200]}
+        record["shapes"].setdefault(shape, {})[name] = row
+        shown = {key: x if isinstance(x, str) else round(x, 3) for key, x in row.items()}
+        print(shape, name, shown, flush=True)
         (out / "results.json").write_text(json.dumps(record, indent=1))
+
+    for shape, sizes in SHAPES.items():
+        for name, contender in contenders(sizes).items():
+            add(shape, name, contender)
     curve: dict[str, dict[int, float]] = {}
     for length in CURVE:
-        for contender, (call, _, _) in contenders((1, 16, 16, 64, length)).items():
-            if contender in options.skip:
-                continue
-            with torch.no_grad():
-                curve.setdefault(contender, {})[length] = median(call)
+        for name, contender in contenders((1, 16, 16, 64, length)).items():
+            if name not in options.skip:
+                with torch.no_grad():
+                    curve.setdefault(name, {})[length] = median(contender.call)
     record["curve B1 H16 D64"] = curve
     (out / "results.json").write_text(json.dumps(record, indent=1))
     draw(curve, out)
+    for name, contender in fla_gla(SHAPES[MAIN]).items():
+        add(MAIN, name, contender)
+    print("\n".join(ratios(record["shapes"])))
     return 0
 
 

@@ -18,20 +18,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize_kernels import configs
+from linearize_kernels import configs, window_attention
 from linearize_kernels.gated_linear_attention.chunk import chunk_linear_sums
 from linearize_kernels.gated_linear_attention.launch import walk
 from linearize_kernels.hedgehog_attention import hedgehog_features
+from linearize_kernels.windowed_linear_attention.chunk import window_sums
 
-FORWARD = ("add_up_splits", "walk_forward")
-BACKWARD = ("add_up_splits_backwards", "walk_query_gradients", "walk_key_gradients")
+FORWARD = ("add_up_splits", "walk_forward", "window_forward")
+WALK = ("add_up_splits", "walk_forward", "add_up_splits_backwards", "walk_query_gradients", "walk_key_gradients")
+WINDOW = ("window_forward", "window_query_gradients", "window_key_gradients")
 PLAIN = configs.Launch(32, 4, 1)
+WIDTH = 64  # of the window
 
-CASES: dict[str, tuple[str, str, int, tuple[int, int, int]]] = {  # feature map, gate, head width, (B, H, T)
+CASES: dict[str, tuple[str, str, int, tuple[int, int, int]]] = {  # feature map or window, gate, head width, (B, H, T)
     "hedgehog 64": ("softmax", "none", 64, (4, 16, 8192)),
     "hedgehog 64, decay": ("softmax", "head", 64, (4, 16, 8192)),
     "hedgehog 128": ("softmax", "none", 128, (1, 32, 16384)),
     "per-channel decay 64": ("none", "feature", 64, (4, 16, 8192)),
+    "window 64": ("window", "none", 64, (4, 16, 8192)),
+    "window 128": ("window", "none", 128, (1, 32, 16384)),
     "decay 64": ("none", "head", 64, (4, 16, 8192)),
     "per-channel decay 128": ("none", "feature", 128, (1, 32, 16384)),
     "decay 128": ("none", "head", 128, (1, 32, 16384)),
@@ -41,7 +46,7 @@ CASES: dict[str, tuple[str, str, int, tuple[int, int, int]]] = {  # feature map,
 def candidates(kernel: str, width: int, gate: str) -> list[configs.Launch]:
     """Every tile, warp and stage count worth a try."""
     chunks = (32, 64) if gate == "feature" or "gradients" in kernel else (32, 64, 128)
-    tiles = (0, 64) if kernel in FORWARD and width > 64 else (0,)
+    tiles = (0, 64) if kernel in WALK[:2] and width > 64 else (0,)
     warps = (4,) if width <= 64 else (4, 8)
     return [
         configs.Launch(chunk, count, stages, tile)
@@ -65,7 +70,9 @@ def inputs(case: str, length: int | None = None) -> dict[str, Any]:
         shape = (batch, tokens, heads, width)[: 3 if gate == "head" else 4]
         made["gate"] = -0.1 * torch.rand(shape, device="cuda")
     for name in ("query_weight", "key_weight"):
-        made[name] = None if feature_map == "none" else torch.randn(heads, width, width, device="cuda") * width**-0.5
+        made[name] = (
+            None if feature_map in ("none", "window") else torch.randn(heads, width, width, device="cuda") * width**-0.5
+        )
     for x in made.values():
         if x is not None:
             x.requires_grad_()
@@ -74,6 +81,8 @@ def inputs(case: str, length: int | None = None) -> dict[str, Any]:
 
 def run(case: str, made: dict[str, Any]) -> Tensor:
     """The operation's outputs."""
+    if CASES[case][0] == "window":
+        return window_attention(made["q"], made["k"], made["v"], WIDTH).o_BTHV
     maps = (made["query_weight"], made["key_weight"], None, None)
     rest = (None, None, None, None, CASES[case][0], True, 0.0, 0, 0)
     y: Tensor = walk(made["q"], made["k"], made["v"], made["gate"], None, None, *maps, *rest)[0]
@@ -84,6 +93,10 @@ def reference(case: str, made: dict[str, Any]) -> Tensor:
     """The same in fp32 torch."""
     q, k, v = (made[name].float() for name in "qkv")
     feature_map = CASES[case][0]
+    if feature_map == "window":
+        place_BT = torch.arange(q.shape[1], device="cuda").expand(q.shape[0], -1)
+        num, den, _ = window_sums(q, k, v, place_BT, WIDTH)
+        return num / den.unsqueeze(-1)
     if feature_map != "none":
         q = hedgehog_features(q, made["query_weight"], None, feature_map, "query")  # type: ignore[arg-type]
         k = hedgehog_features(k, made["key_weight"], None, feature_map, "key")  # type: ignore[arg-type]
@@ -138,9 +151,10 @@ def time_it(case: str, made: dict[str, Any], backward: bool) -> float:
 def tune(case: str, pool: ProcessPoolExecutor, table: dict[str, list[int]]) -> None:
     """The best configuration of each kernel for this case."""
     feature_map, gate, width, _ = CASES[case]
+    variant = "window" if feature_map == "window" else f"{feature_map} {gate}"
     best = {
-        kernel: configs.default(kernel, torch.bfloat16, width, f"{feature_map} {gate}")
-        for kernel in (*FORWARD, *BACKWARD)
+        kernel: configs.default(kernel, torch.bfloat16, width, variant)
+        for kernel in (WINDOW if feature_map == "window" else WALK)
     }
     small = inputs(case, 1008)  # the same compiled kernels as for the long one, and a chunk that is not full
     weight = torch.randn(small["v"].shape, device="cuda")
@@ -150,9 +164,9 @@ def tune(case: str, pool: ProcessPoolExecutor, table: dict[str, list[int]]) -> N
     made = inputs(case)
     for kernel in best:
         options = candidates(kernel, width, gate)
-        jobs = [(case, {**best, kernel: option}, kernel in BACKWARD) for option in options]
+        jobs = [(case, {**best, kernel: option}, kernel not in FORWARD) for option in options]
         times: dict[configs.Launch, float] = {}
-        for option, obstacle in zip(options, pool.map(compile_one, jobs), strict=True):
+        for option, obstacle in zip(options, list(pool.map(compile_one, jobs)), strict=True):
             if obstacle:
                 print(f"  {kernel} {tuple(option)}: {obstacle}")
                 continue
@@ -161,11 +175,11 @@ def tune(case: str, pool: ProcessPoolExecutor, table: dict[str, list[int]]) -> N
             if wrong:
                 print(f"  {kernel} {tuple(option)}: WRONG, relative errors {wrong}")
                 continue
-            times[option] = time_it(case, made, kernel in BACKWARD)
+            times[option] = time_it(case, made, kernel not in FORWARD)
         ranking = sorted(times, key=lambda option: times[option])
         best[kernel] = ranking[0]
         print(f"{case}: {kernel}", *(f"{tuple(option)} {times[option]:.3f} ms" for option in ranking[:3]), flush=True)
-        table[configs.key(kernel, torch.bfloat16, width, f"{feature_map} {gate}")] = list(best[kernel])
+        table[configs.key(kernel, torch.bfloat16, width, variant)] = list(best[kernel])
 
 
 def main() -> int:

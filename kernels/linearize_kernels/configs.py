@@ -48,6 +48,10 @@ def default(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch
     """
     if dtype != torch.bfloat16:
         return Launch(32 if width <= 64 else 16, 4 if width <= 64 else 8, 1)
+    if kernel == "window_forward":
+        return Launch(64, 4, 1) if width <= 64 else Launch(32, 4, 2)
+    if kernel == "window_key_gradients" and width <= 64:
+        return Launch(64, 4, 1)
     if "gradients" in kernel:
         return Launch(32, 4, 2) if width <= 64 else Launch(32, 8, 1) if width <= 128 else Launch(16, 8, 1)
     if width <= 64:
