@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,8 +14,20 @@ from linearize_kernels.operations import differentiate, operation, power
 MIN_CHUNK, MAX_CHUNK = 32, 64
 """Tokens of a chunk: the inverse is made of blocks of 16, and at most four of them."""
 
-WALK_BYTES, TILE_BYTES = 64, 128
-"""Of values that a program holds per token: fewer where it walks, so that one head's values make several programs."""
+
+class Needs(NamedTuple):
+    """Bytes of values that a program holds per token, and warps and stages that it has at least."""
+
+    bytes: int = 128
+    warps: int = 1
+    stages: int = 1
+
+
+NEEDS = {
+    "walk_states": Needs(bytes=64, stages=3),  # one head's values make several programs, which wait for their loads
+    "walk_gradients": Needs(bytes=64, stages=3),
+    "chunk_gradients": Needs(bytes=64, warps=8),  # its registers
+}
 
 Optional = Tensor | None
 
@@ -43,12 +55,13 @@ class Inputs:
         self.chunks = -(-self.length // self.chunk)
         self.rows = self.batch * self.heads
 
-    def config(self, kernel: str, value_bytes: int = TILE_BYTES) -> tuple[int, dict[str, Any]]:
+    def config(self, kernel: str) -> tuple[int, dict[str, Any]]:
         """Tiles of the values, and the launch arguments of a kernel."""
-        chosen = launch(kernel, self.dtype, self.widest, "delta")
-        tile = chosen.values or value_bytes // self.dtype.itemsize
+        chosen, needs = launch(f"delta_{kernel}", self.dtype, self.widest, "delta"), NEEDS.get(kernel, Needs())
+        tile = chosen.values or needs.bytes // self.dtype.itemsize
         tile = tile if self.values % tile == 0 else power(self.values)
-        arguments = {"C": self.chunk, "V": tile, "num_warps": chosen.warps, "num_stages": chosen.stages}
+        warps, stages = max(chosen.warps, needs.warps), max(chosen.stages, needs.stages)
+        arguments = {"C": self.chunk, "V": tile, "num_warps": warps, "num_stages": stages}
         return -(-self.values // tile), self.sizes | arguments
 
     def per_chunk(self, like: Tensor, *sizes: int) -> Tensor:
@@ -86,17 +99,17 @@ def delta(
     found = _fake_delta(q, k, v, log_decay, beta, start, segments)
     o, end, inverse, u, erase, states = found
     rows, chunks, length = inputs.rows, inputs.chunks, inputs.length
-    _, config = inputs.config("delta_solve_chunks")
+    _, config = inputs.config("solve_chunks")
     kernels.solve_chunks[(rows, chunks)](
         k, v, log_decay, beta, inputs.segments, inverse, u, erase, *inputs.k_strides, *inputs.v_strides, length,
         **config,
     )  # fmt: skip
-    tiles, config = inputs.config("delta_walk_states", WALK_BYTES)
+    tiles, config = inputs.config("walk_states")
     kernels.walk_states[(rows, tiles)](
         k, log_decay, inputs.segments, u, erase, end if start is None else start, states, end, *inputs.k_strides,
         length, STARTED=start is not None, **config,
     )  # fmt: skip
-    tiles, config = inputs.config("delta_read_states")
+    tiles, config = inputs.config("read_states")
     kernels.read_states[(rows, chunks, tiles)](
         q, k, log_decay, inputs.segments, u, states, o, *inputs.q_strides, *inputs.k_strides, length,
         **inputs.shared, **config,
@@ -125,17 +138,17 @@ def delta_backward(
     dq, dk, dv, d_log_decay, d_beta, d_start = found
     du, state_gradients = torch.empty_like(u), torch.empty_like(states)
     rows, chunks, length = inputs.rows, inputs.chunks, inputs.length
-    tiles, config = inputs.config("delta_gather_gradients")
+    tiles, config = inputs.config("gather_gradients")
     kernels.gather_gradients[(rows, chunks, tiles)](
         q, k, log_decay, inputs.segments, do, du, state_gradients, *inputs.q_strides, *inputs.k_strides, length,
         **inputs.shared, **config,
     )  # fmt: skip
-    tiles, config = inputs.config("delta_walk_gradients", WALK_BYTES)
+    tiles, config = inputs.config("walk_gradients")
     kernels.walk_gradients[(rows, tiles)](
         k, log_decay, inputs.segments, erase, du, state_gradients, d_start if end_gradient is None else end_gradient,
         d_start, *inputs.k_strides, length, STARTED=start is not None, ENDED=end_gradient is not None, **config,
     )  # fmt: skip
-    _, config = inputs.config("delta_chunk_gradients")
+    _, config = inputs.config("chunk_gradients")
     kernels.chunk_gradients[(rows, chunks)](
         q, k, v, log_decay, beta, inputs.segments, inverse, u, states, do, du, state_gradients,
         dq, dk, dv, d_log_decay, d_beta, *inputs.q_strides, *inputs.k_strides, *inputs.v_strides, length,

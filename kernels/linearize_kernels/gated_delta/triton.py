@@ -95,21 +95,33 @@ def invert(below, C: tl.constexpr, PRECISION: tl.constexpr):
         factors = tl.sum(tl.where(here, small, 0.0), 1)
         change = tl.sum(factors[:, :, None] * inverse, 1)
         inverse -= tl.where(here, change[:, None, :], 0.0)
-    whole = tl.reshape(tl.where(same, inverse[:, :, None, :], 0.0), (C, C))
     if C >= 32:
-        whole = merge_blocks(whole, below, 16, C, PRECISION)
+        inverse = merge_blocks(inverse, below, blocks // 2, 16, PRECISION)
     if C >= 64:
-        whole = merge_blocks(whole, below, 32, C, PRECISION)
-    return whole
+        inverse = merge_blocks(inverse, below, blocks // 4, 32, PRECISION)
+    return tl.reshape(inverse, (C, C))
 
 
 @triton.jit
-def merge_blocks(inverse, below, SIZE: tl.constexpr, C: tl.constexpr, PRECISION: tl.constexpr):
-    """The inverse of diagonal blocks of twice the size: [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]."""
-    block = tl.arange(0, C) // SIZE
+def merge_blocks(inverse, below, N: tl.constexpr, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    """The inverses of N blocks along the diagonal from those of their halves [2 N, SIZE, SIZE]:
+
+    [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]
+    """
+    side = tl.arange(0, 2)
+    lower = side[None, :, None, None] == 1
+    halves = tl.reshape(inverse, (N, 2, SIZE, SIZE))
+    first = tl.sum(tl.where(lower, 0.0, halves), 1)
+    second = tl.sum(tl.where(lower, halves, 0.0), 1)
+    block = tl.arange(0, 2 * N)
     between = (block[:, None] == block[None, :] + 1) & (block[:, None] % 2 == 1)
-    left = tl.dot(inverse, tl.where(between, below, 0.0), input_precision=PRECISION)
-    return inverse - tl.dot(left, inverse, input_precision=PRECISION)
+    between = tl.where(between[:, None, :, None], tl.reshape(below, (2 * N, SIZE, 2 * N, SIZE)), 0.0)
+    between = tl.sum(tl.reshape(tl.sum(between, 2), (N, 2, SIZE, SIZE)), 1)
+    corner = tl.dot(second, between, input_precision=PRECISION)
+    corner = -tl.dot(corner, first, input_precision=PRECISION)
+    same = side[None, :, None, None, None] == side[None, None, None, :, None]
+    whole = tl.where(lower[:, :, :, None, :] & ~same, corner[:, None, :, None, :], 0.0)
+    return tl.reshape(tl.where(same, halves[:, :, :, None, :], whole), (N, 2 * SIZE, 2 * SIZE))
 
 
 @triton.jit
@@ -345,7 +357,6 @@ def chunk_gradients(q, k, v, log_decay, beta, segments, inverse, u, states, do, 
     # through U = X Y and through the state after the chunk
     x_tile = load_matrix(inverse + place * C * C, C, 1, C, C, C, C)
     d_below = tl.zeros((C, C), tl.float32)
-    d_above = tl.zeros((C, C), tl.float32)  # transposed
     d_read = tl.zeros((C, K), tl.float32)
     d_key = tl.zeros((C, K), tl.float32)
     d_strength = tl.zeros((C,), tl.float32)
@@ -364,8 +375,6 @@ def chunk_gradients(q, k, v, log_decay, beta, segments, inverse, u, states, do, 
         d_below = tl.dot(dy, tl.trans(u_tile), d_below, input_precision=PRECISION)
         d_read = tl.dot(dy, tl.trans(s_tile), d_read, input_precision=PRECISION)
         d_key = tl.dot(u_tile, tl.trans(g_tile), d_key, input_precision=PRECISION)
-        dy_flat = tl.dot(tl.trans(du_tile), x_tile, input_precision=PRECISION).to(dtype)
-        d_above = tl.dot(u_tile, dy_flat, d_above, input_precision=PRECISION)
     d_key *= write_decays(since, boundaries, total, last)[:, None]
     written = tl.sum(tl.sum(d_key * k_tile, 1), 0)
     read = read_decays(since, boundaries)
@@ -374,28 +383,26 @@ def chunk_gradients(q, k, v, log_decay, beta, segments, inverse, u, states, do, 
     through_key = tl.sum(d_read * k_tile, 1)
     store_column(beta_gradient + row, d_strength - through_key, first, J, length, C)
     d_key -= d_read * strength[:, None]
-    d_above *= pair_decays(since, boundaries, C, False, True) * strength[None, :]
-    d_key -= tl.dot(d_above.to(dtype), k_tile, input_precision=PRECISION)
+    d_below *= strength[:, None]
+    d_key -= tl.dot(tl.trans(d_below.to(dtype)), k_tile, input_precision=PRECISION)
     term = -2 * strength * through_key
 
     # through the outputs
     pair = pair_decays(since, boundaries, C, True, False)
-    pair_back = pair_decays(since, boundaries, C, True, True)
     for _p in range(0, P):
         q_tile = load_rows(q, first, q_token, length, width, C, K)
         d_score = tl.zeros((C, C), tl.float32)
-        d_score_back = tl.zeros((C, C), tl.float32)
         d_query = tl.zeros((C, K), tl.float32)
         for column in range(0, values, V):
             do_tile = load_rows(do + column, first, J * P * values, length, tile, C, V)
             u_tile = load_rows(u + column, first, values, length, tile, C, V)
             s_tile = load_matrix(states + column, values, 1, width, tile, K, V)
             d_score = tl.dot(do_tile, tl.trans(u_tile), d_score, input_precision=PRECISION)
-            d_score_back = tl.dot(u_tile, tl.trans(do_tile), d_score_back, input_precision=PRECISION)
             d_query = tl.dot(do_tile, tl.trans(s_tile), d_query, input_precision=PRECISION)
         d_query *= read[:, None]
-        d_query = tl.dot((d_score * pair).to(dtype), k_tile, d_query, input_precision=PRECISION)
-        d_key = tl.dot((d_score_back * pair_back).to(dtype), q_tile, d_key, input_precision=PRECISION)
+        d_score = (d_score * pair).to(dtype)
+        d_query = tl.dot(d_score, k_tile, d_query, input_precision=PRECISION)
+        d_key = tl.dot(tl.trans(d_score), q_tile, d_key, input_precision=PRECISION)
         store_rows(q_gradient, d_query, first, J * P * width, length, width, C, K)
         term += tl.sum(d_query * q_tile, 1)
         q += q_head
