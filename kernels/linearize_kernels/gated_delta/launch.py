@@ -58,9 +58,9 @@ class Inputs:
     def config(self, kernel: str) -> tuple[int, dict[str, Any]]:
         """Tiles of the values, and the launch arguments of a kernel."""
         chosen, needs = launch(f"delta_{kernel}", self.dtype, self.widest, "delta"), NEEDS.get(kernel, Needs())
-        tile = chosen.values or needs.bytes // self.dtype.itemsize
-        tile = tile if self.values % tile == 0 else power(self.values)
-        warps, stages = max(chosen.warps, needs.warps), max(chosen.stages, needs.stages)
+        tile = min(power(self.values), chosen.values or needs.bytes // self.dtype.itemsize)
+        stages = min(needs.stages, 2 if self.widest > 128 else 3)  # more do not fit a program's shared memory
+        warps, stages = max(needs.warps, chosen.warps), max(stages, chosen.stages)
         arguments = {"C": self.chunk, "V": tile, "num_warps": warps, "num_stages": stages}
         return -(-self.values // tile), self.sizes | arguments
 

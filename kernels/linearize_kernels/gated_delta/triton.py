@@ -40,6 +40,30 @@ FORGOTTEN = tl.constexpr(-50.0)
 
 
 @triton.jit
+def value_places(base, column, first, stride, length, values: tl.constexpr, C: tl.constexpr, V: tl.constexpr):
+    """A tile's places [C, V] in a [length, values] matrix, from `first` and `column` on, and which of them exist."""
+    row = first + tl.arange(0, C)
+    at = column + tl.arange(0, V)
+    inside = (row < length)[:, None] & (at >= 0)[None, :]
+    if values % V != 0:
+        inside = inside & (at < values)[None, :]
+    return base + row.to(tl.int64)[:, None] * stride + at[None, :], inside
+
+
+@triton.jit
+def load_values(base, column, first, stride, length, values: tl.constexpr, C: tl.constexpr, V: tl.constexpr):
+    """A tile of values; 0 outside."""
+    place, inside = value_places(base, column, first, stride, length, values, C, V)
+    return tl.load(place, mask=inside, other=0.0)
+
+
+@triton.jit
+def store_values(base, tile, column, first, stride, length, values: tl.constexpr, C: tl.constexpr, V: tl.constexpr):
+    place, inside = value_places(base, column, first, stride, length, values, C, V)
+    tl.store(place, tile.to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def load_decays(log_decay, segments, first, stride, length, C: tl.constexpr, PACKED: tl.constexpr):
     """Of a chunk: log decay since its start [C], boundaries since then [C], whether a token is one [C], and the first
     two at its end. A boundary's own decay does not count.
@@ -134,7 +158,6 @@ def solve_chunks(k, v, log_decay, beta, segments, inverse, u, erase,
     b = head // J
     j = head % J
     first = tl.program_id(1) * C
-    tile: tl.constexpr = V if values > V else values
     k += b * k_batch + j * k_head
     v += b * v_batch + j * v_head
     gates = b * length * J + j
@@ -156,9 +179,9 @@ def solve_chunks(k, v, log_decay, beta, segments, inverse, u, erase,
     found = found.to(dtype)
     u += head * length * values
     for column in range(0, values, V):
-        v_tile = load_rows(v + column, first, v_token, length, tile, C, V)
+        v_tile = load_values(v, column, first, v_token, length, values, C, V)
         fresh = tl.dot(found, v_tile, input_precision=PRECISION)
-        store_rows(u + column, fresh, first, values, length, tile, C, V)
+        store_values(u, fresh, column, first, values, length, values, C, V)
 
 
 @triton.jit
@@ -172,33 +195,32 @@ def walk_states(k, log_decay, segments, u, erase, start, states, end, k_batch, k
     b = head // J
     j = head % J
     column = tl.program_id(1) * V
-    tile: tl.constexpr = V if values > V else values
     size: tl.constexpr = width * values
     k += b * k_batch + j * k_head
     log_decay += b * length * J + j
     segments += b * length
-    u += head * length * values + column
+    u += head * length * values
     erase += head * length * width
     states += head * tl.cdiv(length, C) * size + column
     dtype = u.dtype.element_ty
     s = tl.zeros((K, V), tl.float32)
     if STARTED:
-        s = load_matrix(start + head * size + column, values, 1, width, tile, K, V)
+        s = load_matrix(start + head * size + column, values, 1, width, values - column, K, V)
     for chunk in range(0, tl.cdiv(length, C)):
         first = chunk * C
         k_tile = load_rows(k, first, k_token, length, width, C, K)
         w_tile = load_rows(erase, first, width, length, width, C, K)
-        fresh = load_rows(u, first, values, length, tile, C, V).to(tl.float32)
+        fresh = load_values(u, column, first, values, length, values, C, V).to(tl.float32)
         since, boundaries, _boundary, total, last = load_decays(log_decay, segments, first, J, length, C, PACKED)
         rounded = s.to(dtype)
-        store_matrix(states, rounded, values, 1, width, tile, K, V)
+        store_matrix(states, rounded, values, 1, width, values - column, K, V)
         correction = fresh - tl.dot(w_tile, rounded, input_precision=PRECISION)
-        store_rows(u, correction, first, values, length, tile, C, V)
+        store_values(u, correction, column, first, values, length, values, C, V)
         correction *= write_decays(since, boundaries, total, last)[:, None]
         s *= tl.where(last == 0, tl.exp(total), 0.0)
         s = tl.dot(tl.trans(k_tile), correction.to(dtype), s, input_precision=PRECISION)
         states += size
-    store_matrix(end + head * size + column, s, values, 1, width, tile, K, V)
+    store_matrix(end + head * size + column, s, values, 1, width, values - column, K, V)
 
 
 @triton.jit
@@ -212,15 +234,14 @@ def read_states(q, k, log_decay, segments, u, states, o, q_batch, q_token, q_hea
     chunk = tl.program_id(1)
     first = chunk * C
     column = tl.program_id(2) * V
-    tile: tl.constexpr = V if values > V else values
     q += b * q_batch + j * P * q_head
     k += b * k_batch + j * k_head
-    o += (b * length * J + j) * P * values + column
+    o += (b * length * J + j) * P * values
     dtype = u.dtype.element_ty
     k_tile = load_rows(k, first, k_token, length, width, C, K)
-    u_tile = load_rows(u + head * length * values + column, first, values, length, tile, C, V)
+    u_tile = load_values(u + head * length * values, column, first, values, length, values, C, V)
     place = head * tl.num_programs(1) + chunk
-    s_tile = load_matrix(states + place * width * values + column, values, 1, width, tile, K, V)
+    s_tile = load_matrix(states + place * width * values + column, values, 1, width, values - column, K, V)
     since, boundaries, _boundary, _total, _last = load_decays(
         log_decay + b * length * J + j, segments + b * length, first, J, length, C, PACKED
     )
@@ -231,7 +252,7 @@ def read_states(q, k, log_decay, segments, u, states, o, q_batch, q_token, q_hea
         score = tl.dot(q_tile, tl.trans(k_tile), input_precision=PRECISION) * pair
         answer = tl.dot(q_tile, s_tile, input_precision=PRECISION) * read[:, None]
         answer = tl.dot(score.to(dtype), u_tile, answer, input_precision=PRECISION)
-        store_rows(o, answer, first, J * P * values, length, tile, C, V)
+        store_values(o, answer, column, first, J * P * values, length, values, C, V)
         q += q_head
         o += values
 
@@ -250,10 +271,9 @@ def gather_gradients(q, k, log_decay, segments, do, du, state_gradients,
     chunk = tl.program_id(1)
     first = chunk * C
     column = tl.program_id(2) * V
-    tile: tl.constexpr = V if values > V else values
     q += b * q_batch + j * P * q_head
     k += b * k_batch + j * k_head
-    do += (b * length * J + j) * P * values + column
+    do += (b * length * J + j) * P * values
     dtype = do.dtype.element_ty
     k_tile = load_rows(k, first, k_token, length, width, C, K)
     since, boundaries, _boundary, _total, _last = load_decays(
@@ -265,16 +285,16 @@ def gather_gradients(q, k, log_decay, segments, do, du, state_gradients,
     d_state = tl.zeros((K, V), tl.float32)
     for _p in range(0, P):
         q_tile = load_rows(q, first, q_token, length, width, C, K)
-        do_tile = load_rows(do, first, J * P * values, length, tile, C, V)
+        do_tile = load_values(do, column, first, J * P * values, length, values, C, V)
         score = tl.dot(k_tile, tl.trans(q_tile), input_precision=PRECISION) * pair
         d_correction = tl.dot(score.to(dtype), do_tile, d_correction, input_precision=PRECISION)
         carried = (do_tile * read[:, None]).to(dtype)
         d_state = tl.dot(tl.trans(q_tile), carried, d_state, input_precision=PRECISION)
         q += q_head
         do += values
-    store_rows(du + head * length * values + column, d_correction, first, values, length, tile, C, V)
+    store_values(du + head * length * values, d_correction, column, first, values, length, values, C, V)
     place = head * tl.num_programs(1) + chunk
-    store_matrix(state_gradients + place * width * values + column, d_state, values, 1, width, tile, K, V)
+    store_matrix(state_gradients + place * width * values + column, d_state, values, 1, width, values - column, K, V)
 
 
 @triton.jit
@@ -290,36 +310,35 @@ def walk_gradients(k, log_decay, segments, erase, du, state_gradients, end_gradi
     b = head // J
     j = head % J
     column = tl.program_id(1) * V
-    tile: tl.constexpr = V if values > V else values
     size: tl.constexpr = width * values
     chunks = tl.cdiv(length, C)
     k += b * k_batch + j * k_head
     log_decay += b * length * J + j
     segments += b * length
     erase += head * length * width
-    du += head * length * values + column
+    du += head * length * values
     state_gradients += (head + 1) * chunks * size + column
     dtype = du.dtype.element_ty
     ds = tl.zeros((K, V), tl.float32)
     if ENDED:
-        ds = load_matrix(end_gradient + head * size + column, values, 1, width, tile, K, V)
+        ds = load_matrix(end_gradient + head * size + column, values, 1, width, values - column, K, V)
     for index in range(0, chunks):
         first = (chunks - 1 - index) * C
         state_gradients -= size
         k_tile = load_rows(k, first, k_token, length, width, C, K)
         w_tile = load_rows(erase, first, width, length, width, C, K)
-        d_correction = load_rows(du, first, values, length, tile, C, V).to(tl.float32)
-        gathered = load_matrix(state_gradients, values, 1, width, tile, K, V).to(tl.float32)
+        d_correction = load_values(du, column, first, values, length, values, C, V).to(tl.float32)
+        gathered = load_matrix(state_gradients, values, 1, width, values - column, K, V).to(tl.float32)
         since, boundaries, _boundary, total, last = load_decays(log_decay, segments, first, J, length, C, PACKED)
         rounded = ds.to(dtype)
-        store_matrix(state_gradients, rounded, values, 1, width, tile, K, V)
+        store_matrix(state_gradients, rounded, values, 1, width, values - column, K, V)
         write = write_decays(since, boundaries, total, last)
         d_correction += tl.dot(k_tile, rounded, input_precision=PRECISION) * write[:, None]
-        store_rows(du, d_correction, first, values, length, tile, C, V)
+        store_values(du, d_correction, column, first, values, length, values, C, V)
         ds = ds * tl.where(last == 0, tl.exp(total), 0.0) + gathered
         ds -= tl.dot(tl.trans(w_tile), d_correction.to(dtype), input_precision=PRECISION)
     if STARTED:
-        store_matrix(start_gradient + head * size + column, ds, values, 1, width, tile, K, V)
+        store_matrix(start_gradient + head * size + column, ds, values, 1, width, values - column, K, V)
 
 
 @triton.jit
@@ -334,7 +353,6 @@ def chunk_gradients(q, k, v, log_decay, beta, segments, inverse, u, states, do, 
     j = head % J
     chunk = tl.program_id(1)
     first = chunk * C
-    tile: tl.constexpr = V if values > V else values
     row = b * length * J + j
     q += b * q_batch + j * P * q_head
     k += b * k_batch + j * k_head
@@ -362,13 +380,13 @@ def chunk_gradients(q, k, v, log_decay, beta, segments, inverse, u, states, do, 
     d_strength = tl.zeros((C,), tl.float32)
     worth = tl.zeros((), tl.float32)
     for column in range(0, values, V):
-        u_tile = load_rows(u + column, first, values, length, tile, C, V)
-        du_tile = load_rows(du + column, first, values, length, tile, C, V)
-        v_tile = load_rows(v + column, first, v_token, length, tile, C, V)
-        s_tile = load_matrix(states + column, values, 1, width, tile, K, V)
-        g_tile = load_matrix(state_gradients + column, values, 1, width, tile, K, V)
+        u_tile = load_values(u, column, first, values, length, values, C, V)
+        du_tile = load_values(du, column, first, values, length, values, C, V)
+        v_tile = load_values(v, column, first, v_token, length, values, C, V)
+        s_tile = load_matrix(states + column, values, 1, width, values - column, K, V)
+        g_tile = load_matrix(state_gradients + column, values, 1, width, values - column, K, V)
         dy = tl.dot(tl.trans(x_tile), du_tile, input_precision=PRECISION)
-        store_rows(v_gradient + column, dy * strength[:, None], first, J * values, length, tile, C, V)
+        store_values(v_gradient, dy * strength[:, None], column, first, J * values, length, values, C, V)
         d_strength += tl.sum(dy * v_tile, 1)
         worth += tl.sum(tl.sum(s_tile.to(tl.float32) * g_tile, 0), 0)
         dy = dy.to(dtype)
@@ -394,9 +412,9 @@ def chunk_gradients(q, k, v, log_decay, beta, segments, inverse, u, states, do, 
         d_score = tl.zeros((C, C), tl.float32)
         d_query = tl.zeros((C, K), tl.float32)
         for column in range(0, values, V):
-            do_tile = load_rows(do + column, first, J * P * values, length, tile, C, V)
-            u_tile = load_rows(u + column, first, values, length, tile, C, V)
-            s_tile = load_matrix(states + column, values, 1, width, tile, K, V)
+            do_tile = load_values(do, column, first, J * P * values, length, values, C, V)
+            u_tile = load_values(u, column, first, values, length, values, C, V)
+            s_tile = load_matrix(states + column, values, 1, width, values - column, K, V)
             d_score = tl.dot(do_tile, tl.trans(u_tile), d_score, input_precision=PRECISION)
             d_query = tl.dot(do_tile, tl.trans(s_tile), d_query, input_precision=PRECISION)
         d_query *= read[:, None]
