@@ -194,7 +194,8 @@ def main() -> int:
     with ProcessPoolExecutor(options.jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         for case in options.case or CASES:
             tune(case, pool, table)
-            out.write_text(json.dumps(table, indent=1) + "\n")
+            lines = (f" {json.dumps(key)}: {json.dumps(value)}" for key, value in table.items())
+            out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     return 0
 
 

@@ -55,7 +55,7 @@ def default(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch
     if "gradients" in kernel:
         return Launch(32, 4, 2) if width <= 64 else Launch(32, 8, 1) if width <= 128 else Launch(16, 8, 1)
     if width <= 64:
-        return Launch(64, 4, 2)
+        return Launch(64, 4, 3 if kernel == "add_up_splits" else 2)
     if variant.startswith(("exp", "softmax_joint")):
         return Launch(32, 8, 1)
     return Launch(128, 8, 1) if width <= 128 else Launch(64, 8, 1, 64)

@@ -48,7 +48,7 @@ def _observed(arguments: tuple[Any, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
     wanted = torch.is_grad_enabled()
-    for x in arguments:
+    for x in arguments:  # noqa: SIM110  on every call's path, and a generator takes longer
         if isinstance(x, Tensor) and ((wanted and x.requires_grad) or type(x) not in PLAIN):
             return True
     return False
