@@ -10,11 +10,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
+from linearize.commands import recipes
+from linearize.commands.options import (
+    DeviceOption,
+    ModelOption,
+    RecipeOption,
+    SetOption,
+    TextFieldOption,
+    TokensOption,
+    log_console,
+    out_console,
+)
 from linearize.errors import LinearizeError, RunInterrupted
 
 USER_ERROR, INTERRUPTED = 2, 130
@@ -27,28 +37,7 @@ app = typer.Typer(
     help="Convert pretrained Hugging Face transformers into linear-attention students.\n\n"
     "Start with: [bold]linearize convert --model smollm2 --recipe hedgehog --tokens 150k --out out/student[/bold]",
 )
-recipes_app = typer.Typer(no_args_is_help=True, help="List, show and check recipes.")
-app.add_typer(recipes_app, name="recipes")
-
-out_console = Console()
-log_console = Console(stderr=True)
-
-ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf.")
-]
-RecipeOption = Annotated[
-    str, typer.Option("--recipe", "-r", help="A shipped recipe ([bold]linearize recipes list[/bold]) or a YAML file.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Override one recipe value, such as stages.0.tokens=2M; may be repeated."),
-]
-TokensOption = Annotated[
-    str | None,
-    typer.Option(help="Total training tokens, such as 150k or 8M, split over the stages as the recipe does."),
-]
-DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU is taken when there is one.")]
-TextFieldOption = Annotated[str | None, typer.Option(help="The column of the text in parquet, jsonl or a data set.")]
+app.add_typer(recipes.app, name="recipes")
 
 
 @app.command()
@@ -196,39 +185,6 @@ def doctor(
     else:
         out_console.print(doctor_report(findings))
     raise typer.Exit(0 if all(finding.passed for finding in findings) else 1)
-
-
-@recipes_app.command("list")
-def list_recipes() -> None:
-    """The recipes that ship with linearize."""
-    from linearize.recipe import load_recipe, recipe_names
-    from linearize.tables import recipes_report
-
-    out_console.print(recipes_report([load_recipe(name) for name in recipe_names()]))
-
-
-@recipes_app.command("show")
-def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")]) -> None:
-    """Print a recipe's file: copy it to begin your own."""
-    from linearize.recipe import find_recipe
-
-    sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
-
-
-@recipes_app.command("validate")
-def validate_recipe(
-    name: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")],
-    tokens: TokensOption = None,
-    overrides: SetOption = None,
-) -> None:
-    """Check a recipe and print every value it would run with."""
-    import yaml
-
-    from linearize.recipe import load_recipe
-
-    recipe = load_recipe(name, overrides or (), tokens)
-    sys.stdout.write(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
-    log_console.print(f"{name}: valid.", highlight=False)
 
 
 def _show_version(asked: bool) -> None:

@@ -1,0 +1,28 @@
+"""Options and consoles that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+out_console = Console()
+log_console = Console(stderr=True)
+
+ModelOption = Annotated[
+    str, typer.Option("--model", "-m", help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf.")
+]
+RecipeOption = Annotated[
+    str, typer.Option("--recipe", "-r", help="A shipped recipe ([bold]linearize recipes list[/bold]) or a YAML file.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override one recipe value, such as stages.0.tokens=2M; may be repeated."),
+]
+TokensOption = Annotated[
+    str | None,
+    typer.Option(help="Total training tokens, such as 150k or 8M, split over the stages as the recipe does."),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU is taken when there is one.")]
+TextFieldOption = Annotated[str | None, typer.Option(help="The column of the text in parquet, jsonl or a data set.")]
