@@ -6,8 +6,9 @@ Shape legend in mixers/base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import cache
 from inspect import signature
 from typing import Any, Literal
 
@@ -80,7 +81,8 @@ class StudentAttention(nn.Module):
         """The mixer in its own precision: autocast would round feature maps and running sums to bf16."""
         trains = state is None and torch.is_grad_enabled()  # decoding and evaluation see many shapes
         mixer: Mix = self._compiled if self._compiled is not None and trains else self.mixer
-        with full_precision(heads.v_BTGV.device):
+        device = heads.v_BTGV.device  # a context of autocast takes longer than many a launch
+        with full_precision(device) if torch.is_autocast_enabled(device.type) else nullcontext():
             return mixer(heads, state)
 
     def compile_mixer(self) -> None:
@@ -191,7 +193,7 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     Raises:
         ValueError: for a 4-D mask, which a linear-attention student cannot follow.
     """
-    given = {**dict(zip(signature(trunk.forward).parameters, args, strict=False)), **kwargs}
+    given = {**dict(zip(_parameters(type(trunk)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     use_cache = given.get("use_cache")
     cached = given.get("past_key_values") is not None or (_default_use_cache(trunk) if use_cache is None else use_cache)
@@ -204,6 +206,12 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     if segments is None and position_ids is not None and mask is None and not cached:
         segments = find_packed_sequence_indices(position_ids)
     return (), {**given, "padding_mask_BT": mask, "segments_BT": segments}
+
+
+@cache
+def _parameters(trunk: type[nn.Module]) -> tuple[str, ...]:
+    """Of its `forward`, by position; reading a signature takes longer than a layer's Python."""
+    return tuple(signature(trunk.forward).parameters)[1:]  # without self
 
 
 def _default_use_cache(trunk: nn.Module) -> bool:

@@ -3,10 +3,12 @@
 from linearize_kernels.causal_conv import causal_conv, causal_convs
 from linearize_kernels.gated_linear_attention import Branch, LinearState, gated_linear_attention, linear_sums
 from linearize_kernels.hedgehog_attention import hedgehog_attention
+from linearize_kernels.rotary import rotary
 from linearize_kernels.windowed_linear_attention import (
     Far,
     Near,
     Sinks,
+    query_dtype,
     window_attention,
     windowed_linear_attention,
 )
@@ -22,6 +24,8 @@ __all__ = [
     "gated_linear_attention",
     "hedgehog_attention",
     "linear_sums",
+    "query_dtype",
+    "rotary",
     "window_attention",
     "windowed_linear_attention",
 ]

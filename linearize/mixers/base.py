@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.config import Config
+from linearize_kernels import rotary
 
 MixerState = tuple[Tensor, ...]
 """A mixer's decoding state: batch-first tensors whose sizes do not depend on how many tokens were read."""
@@ -41,6 +42,12 @@ class Rope:
         low, high = turned.chunk(2, dim=-1)
         turned = turned * cos + torch.cat((-high, low), dim=-1) * sin
         return torch.cat((turned, kept), dim=-1) if kept.shape[-1] else turned
+
+    def rotate_both(
+        self, q_BTHK: Tensor, k_BTGK: Tensor, scale: float = 1.0, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries, times `scale`, and keys in one launch, in `dtype` or as they came; rounded once, unlike `rotate`."""
+        return rotary(q_BTHK, k_BTGK, self.cos_BTR, self.sin_BTR, scale, dtype)
 
 
 @dataclass(frozen=True)

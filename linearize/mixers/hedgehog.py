@@ -68,7 +68,7 @@ class Hedgehog(StudentMixer):
     def positioned(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
         """Queries and keys as the maps read them."""
         if self.config.rope and heads.rope is not None:
-            return heads.rope.rotate(heads.q_BTHK), heads.rope.rotate(heads.k_BTGK)
+            return heads.rope.rotate_both(heads.q_BTHK, heads.k_BTGK)
         return heads.q_BTHK, heads.k_BTGK
 
     def features(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:

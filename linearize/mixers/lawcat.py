@@ -133,7 +133,7 @@ class Lawcat(StudentMixer):
         """Query and key features [B, T, H, 2F] after the convolutions; 0 for padded keys."""
         q_BTHK, k_BTGK, dtype = heads.q_BTHK, heads.k_BTGK, heads.v_BTGV.dtype
         if self.config.rope and heads.rope is not None:
-            q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
+            q_BTHK, k_BTGK = heads.rope.rotate_both(q_BTHK, k_BTGK)
         key_map = self.query_map if self.key_map is None else self.key_map
         key_taps_HKS = self.query_taps_HKS if self.key_taps_HKS is None else self.key_taps_HKS
         (q_BTHK, k_BTHK), kept = causal_convs(

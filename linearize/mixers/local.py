@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerState
 from linearize.mixers.timeline import Timeline, find_sinks, positions, tail_of
-from linearize_kernels import Branch, Far, Near, Sinks, window_attention, windowed_linear_attention
+from linearize_kernels import Branch, Far, Near, Sinks, query_dtype, window_attention, windowed_linear_attention
 from linearize_kernels.gated_linear_attention import MIN_LOG_GATE
 
 SMALLEST = 1e-30
@@ -35,14 +35,13 @@ class Local:
         """Keys that leave the window differ from those inside, so that both kinds are kept."""
         return self.far_rope is not None and self.far_rope != self.rope
 
-    def queries_and_keys(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:
-        """q (rotated if `rope`, scaled) and k (rotated if `rope`), in fp32 at least."""
+    def queries_and_keys(self, heads: HeadInputs, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+        """q (rotated if `rope`, scaled) and k (rotated if `rope`), computed in fp32 at least; in `dtype` if given."""
         q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
-        dtype = torch.promote_types(q_BTHK.dtype, torch.float32)
-        q_BTHK, k_BTGK = q_BTHK.to(dtype), k_BTGK.to(dtype)
+        exact = torch.promote_types(q_BTHK.dtype, torch.float32)
         if self.rope and heads.rope is not None:
-            q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
-        return q_BTHK * self.scaling, k_BTGK
+            return heads.rope.rotate_both(q_BTHK, k_BTGK, self.scaling, dtype or exact)
+        return (q_BTHK.to(exact) * self.scaling).to(dtype or exact), k_BTGK.to(dtype or exact)
 
 
 class LocalState(NamedTuple):
@@ -80,8 +79,8 @@ class Read(NamedTuple):
 
 def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState | None) -> Read:
     """The exact branch of the current tokens; `heads` and `timeline` as `timeline.begin` gave them."""
-    q_BTHK, k_BTGK = local.queries_and_keys(heads)
     v_BTGV, dtype = heads.v_BTGV, heads.v_BTGV.dtype
+    q_BTHK, k_BTGK = local.queries_and_keys(heads, query_dtype(heads.q_BTHK, v_BTGV))
     # kept in the values' dtype, so that prefill reads what decoding will read
     k_BTGK = k_BTGK.to(dtype)
     window, length = local.window, k_BTGK.shape[1]

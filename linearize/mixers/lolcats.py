@@ -106,7 +106,7 @@ class Lolcats(StudentMixer):
         rope = heads.rope
         q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
         if rope is not None:
-            q_BTHK, k_BTGK = rope.rotate(q_BTHK), rope.rotate(k_BTGK)
+            q_BTHK, k_BTGK = rope.rotate_both(q_BTHK, k_BTGK)
         q_BTHF, k_BTHF = self.query_map(q_BTHK, "query"), self.key_map(k_BTGK, "key")
         near_H11, far_H11 = (weight.view(-1, 1, 1) for weight in self._weights())
 

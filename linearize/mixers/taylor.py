@@ -80,7 +80,7 @@ class Taylor(StudentMixer):
         """Query and key features [B, T, H, F]; masked tokens have key features of 0."""
         q_BTHK, k_BTGK = heads.q_BTHK, heads.k_BTGK
         if self.config.rope and heads.rope is not None:
-            q_BTHK, k_BTGK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTGK)
+            q_BTHK, k_BTGK = heads.rope.rotate_both(q_BTHK, k_BTGK)
         q_BTHF = taylor_features(map_heads(q_BTHK, self.query_weight_HKE))
         k_BTHF = taylor_features(map_heads(k_BTGK, self.key_weight_HKE))
         if heads.mask_BT is not None:

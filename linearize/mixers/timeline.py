@@ -177,15 +177,15 @@ def _(grad_BTSX: Tensor, position_BT: Tensor) -> Tensor:
 def _kept(timeline: Timeline, state_BSX: Tensor | None, x_BTX: Tensor, sinks: int) -> Tensor:
     """Sink tokens [B, S, ...] of the row's last document, from the state or from the current tokens."""
     batch, length = x_BTX.shape[:2]
-    if state_BSX is None:
-        state_BSX = x_BTX.new_zeros(batch, sinks, *x_BTX.shape[2:])
-    joined = torch.cat([state_BSX.to(x_BTX.dtype), x_BTX], dim=1)
+    ones = [1] * (x_BTX.ndim - 2)
     index_S = torch.arange(sinks, device=x_BTX.device)
-    place_BS = index_S + sinks + (length - timeline.seen_B)[:, None]  # where token s stands, if it is a current one
-    old_BS = place_BS < sinks + (0 if timeline.padding_B is None else timeline.padding_B[:, None])
-    source = torch.where(old_BS, index_S, place_BS.clamp_max(sinks + length - 1))
-    unknown_BS = (index_S >= timeline.seen_B[:, None]).view(batch, sinks, *[1] * (x_BTX.ndim - 2))
-    return take(joined, source).masked_fill(unknown_BS, 0)
+    place_BS = index_S + (length - timeline.seen_B)[:, None]  # where token s stands, if it is a current one
+    kept_BSX = take(x_BTX, place_BS.clamp(0, length - 1))
+    if state_BSX is not None:
+        old_BS = place_BS < (0 if timeline.padding_B is None else timeline.padding_B[:, None])
+        kept_BSX = torch.where(old_BS.view(batch, sinks, *ones), state_BSX.to(x_BTX.dtype), kept_BSX)
+    unknown_BS = (index_S >= timeline.seen_B[:, None]).view(batch, sinks, *ones)
+    return kept_BSX.masked_fill(unknown_BS, 0)
 
 
 def _reorder(heads: HeadInputs, order_BT: Tensor) -> HeadInputs:

@@ -21,7 +21,16 @@ from linearize_kernels.gated_linear_attention import Branch, LinearState, contig
 from linearize_kernels.hedgehog_attention import FeatureMap, Map, hedgehog_attention
 from linearize_kernels.windowed_linear_attention.chunk import Sinks, WindowSums, window_sums
 
-__all__ = ["Far", "Near", "Sinks", "WindowSums", "window_attention", "window_sums", "windowed_linear_attention"]
+__all__ = [
+    "Far",
+    "Near",
+    "Sinks",
+    "WindowSums",
+    "query_dtype",
+    "window_attention",
+    "window_sums",
+    "windowed_linear_attention",
+]
 
 SMALLEST = 1e-30
 """The linear branch's weight at least: below, the window's relative weight would leave fp32."""
@@ -104,6 +113,15 @@ def windowed_linear_attention(
     return (near_H1 * o_BTHV + far_H1 * y_BTHV).to(y_BTHV.dtype), state
 
 
+def _in_triton(q_BTHK: Tensor, v_BMGV: Tensor) -> bool:
+    return uses_triton("window_attention", v_BMGV, q_BTHK.shape[-1], v_BMGV.shape[-1])
+
+
+def query_dtype(q_BTHK: Tensor, v_BMGV: Tensor) -> torch.dtype:
+    """What `window_attention` reads queries and keys in: the values' dtype in Triton, fp32 at least in torch."""
+    return v_BMGV.dtype if _in_triton(q_BTHK, v_BMGV) else torch.promote_types(q_BTHK.dtype, torch.float32)
+
+
 def window_attention(
     q_BTHK: Tensor,
     k_BMGK: Tensor,
@@ -127,7 +145,7 @@ def window_attention(
     Returns:
         Outputs in the dtype of v, 0 where nothing is seen, and the denominator, relative to the largest score.
     """
-    if uses_triton("window_attention", v_BMGV, q_BTHK.shape[-1], v_BMGV.shape[-1]):
+    if _in_triton(q_BTHK, v_BMGV):
         from linearize_kernels.windowed_linear_attention.launch import window_op
 
         dtype = v_BMGV.dtype
