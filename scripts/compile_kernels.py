@@ -2,7 +2,9 @@
 
     python scripts/compile_kernels.py
 
-Exit status 1 where a kernel does not compile, or asks for more shared memory than the chip has.
+Every operation runs forward and backward on tensors of its real shapes; where a kernel would be launched it is compiled
+instead, with the constants it would get. Exit status 1 where one does not compile, or asks for more shared memory than
+the chip has.
 """
 
 from __future__ import annotations
@@ -13,52 +15,147 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+os.environ["LINEARIZE_BACKEND"] = "auto"
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends import nvidia
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
-from linearize_kernels.configs import launch
-from linearize_kernels.gated_linear_attention import triton as walk
-from linearize_kernels.gated_linear_attention.launch import ONE_SIGN_FROM, power
+from linearize_kernels import (
+    Branch,
+    Far,
+    LinearState,
+    Near,
+    Sinks,
+    backend,
+    causal_convs,
+    gated_linear_attention,
+    hedgehog_attention,
+    rotary,
+    windowed_linear_attention,
+)
+from linearize_kernels.gated_delta import gated_delta_rule
+from linearize_kernels.hedgehog_attention import Map
+from linearize_kernels.ssd import ssd
 
 SHARED_MEMORY = 232_448
-KERNELS = ("add_up_splits", "walk_forward", "add_up_splits_backwards", "walk_query_gradients", "walk_key_gradients")
 TOOLS = Path(nvidia.__file__).parent / "bin"
+TYPES = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.int64: "i64",
+    torch.int32: "i32",
+    torch.bool: "i1",
+}
+BF16, FP32 = torch.bfloat16, torch.float32
+B, T, H, G = 1, 640, 4, 2
+"""Sizes that do not reach a kernel's code, but for whether there are several splits."""
 
 
-class Case(NamedTuple):
-    """A shape class: what the operation is, and its widths."""
-
-    feature_map: str
-    gate: str
-    width: int
-    features: int
-    values: int
-    dtype: torch.dtype = torch.bfloat16
-    options: tuple[str, ...] = ()  # flags of the kernels that are on
+def new(*sizes: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.rand(sizes).to(dtype).requires_grad_()
 
 
-CASES = {
-    "hedgehog 64": Case("softmax", "none", 64, 64, 64),
-    "hedgehog 64, all options": Case(
-        "softmax", "head", 64, 64, 64, options=("MASKED", "PACKED", "BIAS", "STARTED", "ENDED", "OTHER")
-    ),
-    "hedgehog 128": Case("softmax", "none", 128, 128, 128),
-    "hedgehog 64, fp32": Case("softmax", "none", 64, 64, 64, torch.float32),
-    "exp 80": Case("exp", "none", 80, 80, 80),
-    "decay per channel 64": Case("none", "feature", 64, 64, 64, options=("PACKED",)),
-    "decay per channel 128": Case("none", "feature", 128, 128, 128),
-    "decay per channel 64, fp32": Case("none", "feature", 64, 64, 64, torch.float32),
-    "decay 128": Case("none", "head", 128, 128, 64, options=("PACKED",)),
-    "decay 128, fp32": Case("none", "head", 128, 128, 64, torch.float32),
-    "features 256": Case("none", "none", 256, 256, 128),
+def _documents() -> Tensor:
+    return (torch.arange(T) // 100).expand(B, -1).contiguous()
+
+
+def _hedgehog(width: int, dtype: torch.dtype, feature_map: Any = "softmax") -> list[Tensor]:
+    q, k, v = new(B, T, H, width, dtype=dtype), new(B, T, G, width, dtype=dtype), new(B, T, G, width, dtype=dtype)
+    maps = [Map(new(H, width, width, dtype=FP32)) for _ in range(2)]
+    return [hedgehog_attention(q, k, v, *maps, feature_map)[0]]
+
+
+def _hedgehog_with_all() -> list[Tensor]:
+    q, k, v = new(B, T, H, 64), new(B, T, G, 64), new(B, T, G, 64)
+    maps = [Map(new(H, 64, 64, dtype=FP32), new(H, 64, dtype=FP32)) for _ in range(2)]
+    state = LinearState(new(B, H, 128, 64, dtype=FP32), new(B, H, 128, dtype=FP32))
+    other = Branch(new(B, T, H, 64), new(B, T, H, dtype=FP32))
+    gate, mask = new(B, T, H, dtype=FP32), torch.ones(B, T, dtype=torch.bool)
+    y, end = hedgehog_attention(q, k, v, *maps, "softmax", gate, state, _documents(), mask, other=other)
+    return [y, *end]
+
+
+def _gated(width: int, dtype: torch.dtype, per_channel: bool) -> list[Tensor]:
+    q, k, v = (new(B, T, H, width, dtype=dtype) for _ in range(3))
+    gate = new(B, T, H, *((width,) if per_channel else ()), dtype=FP32)
+    return [gated_linear_attention(q, k, v, gate, None, _documents())[0]]
+
+
+def _window(width: int, dtype: torch.dtype) -> list[Tensor]:
+    q, k, v = new(B, T, H, width, dtype=dtype), new(B, T, G, width, dtype=dtype), new(B, T, G, width, dtype=dtype)
+    maps = [Map(new(H, width, width, dtype=FP32)) for _ in range(2)]
+    sinks = Sinks(*(new(B, 1, 4, G, width, dtype=dtype) for _ in range(2)))
+    near = Near(q, k, v, sinks, new(H, 4, dtype=FP32))
+    return [windowed_linear_attention(near, Far(q, k, v, *maps), 64)[0]]
+
+
+def _ssd(dtype: torch.dtype) -> list[Tensor]:
+    q, k, v = new(B, T, H, 128, dtype=dtype), new(B, T, G, 128, dtype=dtype), new(B, T, G, 64, dtype=dtype)
+    return [ssd(q, k, v, new(B, T, H, dtype=FP32), new(B, T, H, dtype=FP32))[0]]
+
+
+def _delta(width: int, dtype: torch.dtype) -> list[Tensor]:
+    q, k, v = (new(B, T, heads, width, dtype=dtype) for heads in (H, G, G))
+    gates = [new(B, T, G, dtype=FP32) for _ in range(2)]
+    return list(gated_delta_rule(q, k, v, *gates, new(B, G, width, width, dtype=FP32)))
+
+
+def _convolutions(dtype: torch.dtype) -> list[Tensor]:
+    xs = [new(B, T, heads, 64, dtype=dtype) for heads in (H, G)]
+    taps = [new(heads, 64, 4, dtype=FP32) for heads in (H, G)]
+    ys, ends = causal_convs(xs, taps, torch.arange(T).expand(B, -1).contiguous(), activation="silu")
+    return [*ys, *ends]
+
+
+def _rotary(dtype: torch.dtype) -> list[Tensor]:
+    angle = torch.rand(1, T, 64)
+    return list(rotary(new(B, T, H, 64, dtype=dtype), new(B, T, G, 64, dtype=dtype), angle.cos(), angle.sin()))
+
+
+def _steps() -> list[Tensor]:
+    """One token after a state, which nobody differentiates."""
+    with torch.no_grad():
+        q, k, v = new(8, 1, 32, 128), new(8, 1, 8, 128), new(8, 1, 8, 128)
+        features, gate = new(8, 1, 32, 128), new(8, 1, 32, 128, dtype=FP32)
+        state = LinearState(new(8, 32, 128, 128, dtype=FP32), new(8, 32, 128, dtype=FP32))
+        gated_linear_attention(q, features, v, gate, state)
+        one = new(8, 1, 8, dtype=FP32)
+        gated_delta_rule(q, k, v, one, one, new(8, 8, 128, 128, dtype=FP32))
+    return []
+
+
+CASES: dict[str, Callable[[], list[Tensor]]] = {
+    "hedgehog 64": lambda: _hedgehog(64, BF16),
+    "hedgehog 64, all options": _hedgehog_with_all,
+    "hedgehog 128": lambda: _hedgehog(128, BF16),
+    "hedgehog 64, fp32": lambda: _hedgehog(64, FP32),
+    "exp 80": lambda: _hedgehog(80, BF16, "exp"),
+    "decay per channel 64": lambda: _gated(64, BF16, True),
+    "decay per channel 128": lambda: _gated(128, BF16, True),
+    "decay per channel 64, fp32": lambda: _gated(64, FP32, True),
+    "decay 128": lambda: _gated(128, BF16, False),
+    "window 64": lambda: _window(64, BF16),
+    "window 128": lambda: _window(128, BF16),
+    "window 64, fp32": lambda: _window(64, FP32),
+    "ssd 128": lambda: _ssd(BF16),
+    "ssd 128, fp32": lambda: _ssd(FP32),
+    "delta 64": lambda: _delta(64, BF16),
+    "delta 128": lambda: _delta(128, BF16),
+    "delta 64, fp32": lambda: _delta(64, FP32),
+    "convolutions": lambda: _convolutions(BF16),
+    "rotary": lambda: _rotary(BF16),
+    "steps": _steps,
 }
 
 
@@ -66,62 +163,82 @@ class Compiled(NamedTuple):
     registers: int
     stack: int  # bytes a thread keeps in local memory: spills
     shared: int
-    tensor_cores: int  # matrix instructions
+    matrix: int  # matrix instructions
 
 
-def compile_kernel(name: str, case: Case) -> Compiled:
-    """Compile one kernel as it would be launched."""
-    function = getattr(walk, name)
-    f, two = power(case.features), case.feature_map != "none"
-    split = case.feature_map == "softmax" and f >= ONE_SIGN_FROM
-    widest = max(power(case.width), f, power(case.values))
-    chosen = launch(name, case.dtype, widest, f"{case.feature_map} {case.gate}")
-    constants: dict[str, Any] = {
-        "H": 16, "KH": 16, "VH": 16, "GH": 16, "width": case.width, "features": case.features, "values": case.values,
-        "K": power(case.width), "F": f, "V": power(case.values), "E": f if case.gate == "feature" else 1,
-        "C": chosen.chunk, "MAP": case.feature_map, "GATE": case.gate, "SIGNS": 2 if two and not split else 1,
-        "TILED": "gradients" not in name, "NORMALISED": True,
-        "PRECISION": "tf32" if case.dtype == torch.bfloat16 else "tf32x3",
-    }  # fmt: skip
-    if chosen.values and case.values % chosen.values == 0:
-        constants["V"] = min(constants["V"], chosen.values)
-    constants |= {flag: flag in case.options for flag in ("MASKED", "PACKED", "BIAS", "STARTED", "ENDED", "OTHER")}
-    constants = {key: value for key, value in constants.items() if key in function.arg_names}
-    signature = {argument: _type(argument, case.dtype, constants) for argument in function.arg_names}
+class NotLaunched:
+    """What a launch returns here."""
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        return lambda *arguments: None
+
+
+@contextmanager
+def compiling_instead(found: dict[str, Compiled | str]) -> Iterator[None]:
+    """Inside, kernels are compiled, not launched; what came of it, by the kernel's name."""
+
+    def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> NotLaunched:
+        name = f"{self.fn.__module__.split('.')[1]}.{self.fn.__name__}"
+        if name not in found:
+            try:
+                found[name] = compile_kernel(self, dict(zip(self.arg_names, arguments, strict=False)), options)
+            except Exception as error:  # any failure of the compiler is a finding
+                found[name] = f"{type(error).__name__}: {str(error)[-200:]!r}"
+        return NotLaunched()
+
+    launch, decide = JITFunction.run, backend._decide
+    JITFunction.run, backend._decide = run, lambda *_: True
+    try:
+        yield
+    finally:
+        JITFunction.run, backend._decide = launch, decide
+
+
+def compile_kernel(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> Compiled:
+    """Compile as Triton's launcher would for these arguments: ones are constants, multiples of 16 are known to be."""
+    launch = {key: options.pop(key) for key in ("num_warps", "num_stages") if key in options}
+    given = {**arguments, **options}
+    constants = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    constants |= {name for name, x in given.items() if isinstance(x, int) and not isinstance(x, bool) and x == 1}
+    signature = {name: "constexpr" if name in constants else _type(given[name]) for name in kernel.arg_names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
-        for place, argument in enumerate(function.arg_names)
-        if signature[argument].startswith("*") or argument.endswith(("_batch", "_token", "_head"))
-    }
-    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    source = ASTSource(function, signature, constants, aligned)
-    kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        for place, name in enumerate(kernel.arg_names)
+        if name not in constants and not isinstance(given[name], float)
+        and (given[name].data_ptr() if isinstance(given[name], Tensor) else given[name]) % 16 == 0
+    }  # fmt: skip
+    source = ASTSource(kernel, signature, {name: given[name] for name in constants if name in given}, aligned)
+    binary = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=launch)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
+        file.write(binary.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
         code = _tool("nvdisasm", file.name)
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    assert found, usage
-    return Compiled(int(found[1]), int(found[2]), kernel.metadata.shared, code.count("HGMMA") + code.count("HMMA"))
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert match, usage
+    matrix = code.count("HGMMA") + code.count("HMMA")
+    return Compiled(int(match[1]), int(match[2]), binary.metadata.shared, matrix)
 
 
-def _type(argument: str, dtype: torch.dtype, constants: dict[str, Any]) -> str:
-    """As the launcher finds it: maps, sums and states are fp32."""
-    if argument in constants:
-        return "constexpr"
-    if argument == "epsilon":
-        return "fp32"
-    if argument.endswith(("_batch", "_token", "_head")) or argument in ("length", "chunks_a_split", "delay", "skip"):
-        return "i32"
-    if argument in ("mask", "segments"):
-        return "*i1" if argument == "mask" else "*i64"
-    inputs = ("q", "k", "v", "dy", "y", "other", "query_gradient", "key_gradient", "value_gradient")
-    return "*bf16" if argument in inputs and dtype == torch.bfloat16 else "*fp32"
+def _type(argument: Any) -> str:
+    if isinstance(argument, Tensor):
+        return "*" + TYPES[argument.dtype]
+    return "fp32" if isinstance(argument, float) else "i32" if abs(argument) < 2**31 else "i64"
 
 
 def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def compile_case(case: str) -> dict[str, Compiled | str]:
+    """Every kernel that an operation and its gradients launch."""
+    torch.manual_seed(0)
+    found: dict[str, Compiled | str] = {}
+    with compiling_instead(found):
+        outputs = [x for x in CASES[case]() if x.requires_grad]
+        if outputs:
+            sum(x.float().sum() for x in outputs).backward()  # type: ignore[union-attr]
+    return found
 
 
 def main() -> int:
@@ -133,17 +250,14 @@ def main() -> int:
         "| case | kernel | registers | spilled bytes | shared memory | matrix instructions |\n|---|---|---|---|---|---|"
     )
     for case in parser.parse_args().case or CASES:
-        for name in KERNELS:
-            try:
-                found = compile_kernel(name, CASES[case])
-            except Exception as error:  # any failure of the compiler is a finding
+        for name, found in compile_case(case).items():
+            if isinstance(found, str):
                 failed += 1
-                print(f"| {case} | {name} | {type(error).__name__}: {str(error)[-200:]!r} | | | |", flush=True)
+                print(f"| {case} | {name} | {found} | | | |", flush=True)
                 continue
             fits = found.shared <= SHARED_MEMORY
             failed += not fits
-            row = (case, name, found.registers, found.stack, found.shared, found.tensor_cores)
-            print("|", " | ".join(map(str, row)), "|" if fits else "| does not fit", flush=True)
+            print("|", " | ".join(map(str, (case, name, *found))), "|" if fits else "| does not fit", flush=True)
     return int(failed > 0)
 
 

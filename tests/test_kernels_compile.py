@@ -12,11 +12,21 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("case", ["hedgehog 64, all options", "exp 80", "decay per channel 64"])
-def test_compiles_for_sm_90(case: str, capfd: pytest.CaptureFixture[str]) -> None:
+CASES = (
+    ("hedgehog 64, all options",),
+    ("exp 80",),
+    ("decay per channel 64",),
+    ("window 64", "rotary", "convolutions", "steps"),
+    ("delta 64", "ssd 128"),
+)
+
+
+@pytest.mark.parametrize("cases", CASES, ids=" and ".join)
+def test_compiles_for_sm_90(cases: tuple[str, ...], capfd: pytest.CaptureFixture[str]) -> None:
     """In a process of its own: this one may hold Triton's interpreter."""
     pytest.importorskip("triton")
-    command = [sys.executable, str(ROOT / "scripts/compile_kernels.py"), "--case", case]
+    chosen = [word for case in cases for word in ("--case", case)]
+    command = [sys.executable, str(ROOT / "scripts/compile_kernels.py"), *chosen]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "kernels")}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     with capfd.disabled():
