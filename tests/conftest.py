@@ -34,6 +34,13 @@ CLASSES: dict[str, tuple[Any, Any]] = {
 torch.set_num_threads(1)  # tensors are tiny; two threads on a busy machine wait for each other, 100 times as long
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Where there is a GPU the Triton kernels are tested on it, and `-m gpu` finds their tests."""
+    for item in items:
+        if torch.cuda.is_available() and item.path.name.startswith("test_kernels_triton"):
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_knows_bfloat16() -> None:
     """Triton's interpreter (3.6) cuts fp32 to bfloat16 where hardware rounds, and multiplies matrices of the 16-bit
