@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from linearize.adapters import lora_parameters
 from linearize.card import CardFacts, model_card
 from linearize.checkpoint import load_latest, seed_all
-from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
+from linearize.data import Corpus, build_corpus, default_documents, heldout_from, open_documents, scheduled_rows
 from linearize.errors import DataError
 from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
@@ -31,7 +31,7 @@ from linearize.run_folder import RunFolder, open_run_folder, write_json
 from linearize.stages import Stage, build_stage, check_stages
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
-from linearize.train import FitSettings, Run, check_budget, fit
+from linearize.train import Batches, FitSettings, Run, check_budget, fit
 
 POOLED = "held-out"
 """The name of text that was kept aside from the training text, over all its sources."""
@@ -279,17 +279,10 @@ def student_parameters(grafted: Graft, stages: Iterable[Stage]) -> dict[str, tor
     return found
 
 
-def _batches(corpus: Corpus, recipe: Recipe, index: int) -> PackedRows:
+def _batches(corpus: Corpus, recipe: Recipe, index: int) -> Batches:
     """The part of the corpus that stage number `index` reads; no two stages read the same tokens."""
-    config = recipe.stages[index]
-    return PackedRows(
-        corpus,
-        length=config.length,
-        rows=min(config.micro_batch, config.batch),
-        first_token=sum(stage.tokens for stage in recipe.stages[:index]),
-        tokens=config.tokens,
-        seed=recipe.seed + index,
-    )
+    first_token = sum(stage.tokens for stage in recipe.stages[:index])
+    return scheduled_rows(corpus, recipe.stages[index], first_token, recipe.seed + index)
 
 
 def _student_perplexities(grafted: Graft, heldout: Mapping[str, np.ndarray], length: int) -> dict[str, float]:

@@ -217,6 +217,13 @@ def check_budget(config: StageConfig, stage_index: int) -> None:
             remedy=f"Raise it with `--tokens {needed}` or more, or lower the batch with "
             f"`--set {place}.batch={max(1, config.tokens // config.length)}`.",
         )
+    empty = [piece.length for piece in config.pieces() if piece.steps == 0]
+    if empty:
+        raise RunError(
+            f"{config.steps} steps are too few for lengths {list(config.lengths)}: none would have rows of {empty[0]}.",
+            place=place,
+            remedy=f"Raise the budget with `--set {place}.tokens=`, or take {empty[0]} out of {place}.lengths.",
+        )
 
 
 def _check_batches(config: StageConfig, micro_batches: int, run: Run) -> None:
