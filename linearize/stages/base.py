@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from linearize.config import Config, Number, TokenCount
 from linearize.families import ModelFamily
 from linearize.mixers import StudentMixer
+from linearize.stages.course import Course
 from linearize.stages.parts import BASE_PARTS, Part, check_parts
 from linearize.surgery import trunk_of
 
@@ -184,6 +185,11 @@ class Stage(Protocol):
     @property
     def config(self) -> StageConfig:
         """Budget and optimiser."""
+        ...
+
+    @property
+    def course(self) -> Course:
+        """What changes from step to step."""
         ...
 
     def trainable(self) -> Mapping[str, nn.Parameter]:

@@ -19,6 +19,7 @@ from linearize.errors import RecipeError
 from linearize.families import ModelFamily
 from linearize.losses import DistillationWeights, Heads, distillation_loss
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.course import SteadyCourse
 from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
 
@@ -74,7 +75,7 @@ class Distil:
     name = "distil"
 
     def __init__(self, config: DistilConfig, graft: Graft) -> None:
-        self.config, self.graft = config, graft
+        self.config, self.graft, self.course = config, graft, SteadyCourse()
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
         if config.lora is not None:
             add_lora(graft.model, config.lora)

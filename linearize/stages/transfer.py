@@ -21,7 +21,9 @@ from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.curriculum import TransferCourse, error_name, parameters_by_layer
 from linearize.stages.parts import Part, trained_parameters
+from linearize.stages.watch import WatchConfig
 from linearize.surgery import Graft
 
 ObjectiveName = Literal["mse", "relative_mse", "attention_ce", "matrix", "hidden"]
@@ -106,6 +108,7 @@ class TransferConfig(StageConfig):
     objective: dict[ObjectiveName, Number] = Field(
         {"relative_mse": 1.0}, description="weights of the terms, summed over layers"
     )
+    watch: WatchConfig | None = Field(None, description="{every, stop, retry}: of each layer's error; null = off")
 
     @field_validator("train")
     @classmethod
@@ -144,12 +147,13 @@ class TransferConfig(StageConfig):
 
 
 class Transfer:
-    """Trains student layers one by one; the loss is the mean over layers."""
+    """Trains student layers one by one; the loss is the mean over the layers that still train."""
 
     name = "transfer"
 
     def __init__(self, config: TransferConfig, graft: Graft) -> None:
         self.config, self.graft = config, graft
+        self.course = TransferCourse(config.watch, parameters_by_layer(graft, self.trainable()))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
@@ -160,12 +164,14 @@ class Transfer:
         layers = len(self.graft.students)
 
         def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
+            if teacher.layer_idx in self.course.frozen:
+                return
             with torch.enable_grad():
                 answers = self._answers(teacher, heads, teacher_BTHV)
                 loss = self._loss(answers)
                 backward(loss / layers)
             losses.append(loss.detach())
-            errors[f"error/layer_{teacher.layer_idx:02d}"] = answers.error.detach()
+            errors[error_name(teacher.layer_idx)] = answers.error.detach()
 
         observed = self.graft.observed.students.values()
         try:
