@@ -17,12 +17,15 @@ from torch import nn
 
 from linearize.checkpoint import load_latest, read_trainer
 from linearize.data import Corpus, scheduled_rows
+from linearize.losses import relative_error
 from linearize.metrics import TIMING_FIELDS, MetricsLog, Progress, read_metrics
 from linearize.mixers.hedgehog import HedgehogConfig
-from linearize.stages import build_stage
+from linearize.stages import Batch, build_stage
+from linearize.stages.base import run_trunk
+from linearize.stages.forcing import StudentForcing
 from linearize.stages.transfer import Transfer, TransferConfig
 from linearize.stages.watch import LayerWatch, WatchConfig
-from linearize.surgery import graft, plan_surgery
+from linearize.surgery import Graft, graft, plan_surgery
 from linearize.train import FitSettings, Run, fit
 
 SHORT: dict[str, Any] = {"kind": "transfer", "tokens": 12 * 64, "batch": 4, "micro_batch": 2}
@@ -60,7 +63,7 @@ def train(
     stop_at: int | None = None,
     spoil: Callable[[Transfer, int], None] = lambda stage, index: None,
 ) -> Trained:
-    """A fresh process as far as it matters. `stop_at`: the micro-batch at which it is killed; every step was saved."""
+    """A fresh process as far as it matters. `stop_at`: the micro-batch at which it is killed; every second step was saved."""
     teacher = make_teacher()
     torch.manual_seed(7)
     grafted = graft(teacher, plan_surgery(teacher, HedgehogConfig()))
@@ -88,7 +91,7 @@ def train(
             corpus_fingerprint="0",
         )
         batches = Disturbed(scheduled_rows(corpus, stage.config, 0, 0), disturb)
-        result = fit(stage, batches, run, FitSettings(save_every_steps=1))
+        result = fit(stage, batches, run, FitSettings(save_every_steps=2))
     records = [
         {key: value for key, value in record.items() if key not in TIMING_FIELDS}
         for record in read_metrics(out / "metrics.jsonl")
@@ -109,15 +112,75 @@ def spoil_layer_1(*indices: int) -> Callable[[Transfer, int], None]:
 WATCH = {"every": 2, "stop": {"improvement": 0.3, "patience": 2}, "retry": {"factor": 1.2, "times": 2}}
 COURSES: dict[str, dict[str, Any]] = {
     "watch": {"watch": WATCH, "optimizer": {"lr": 0.01}},
+    "forcing": {"student_forcing": {"end": 0.6}, "watch": {"every": 2, "stop": {"improvement": 0.3, "patience": 1}}},
     "lengths": {"lengths": [[0.5, 8], [0.5, 16]]},
 }
+
+
+def forward_by_hand(grafted: Graft, batch: Batch, forced: set[int]) -> Any:
+    """Hidden states of the model with student layers in the places `forced`, the teacher's in all others."""
+    for layer, student in grafted.students.items():
+        student.mode = "student" if layer in forced else "teacher"
+    with torch.no_grad():
+        hidden = run_trunk(grafted.model, batch)
+    for student in grafted.students.values():
+        student.mode = "student"
+    return hidden
+
+
+@pytest.mark.parametrize("target", ["drifted", "clean"])
+def test_forced_layers_hand_on_what_the_student_makes(make_teacher, packed_batch, target):
+    """Layer by layer against models in which the layers below are the student's: inputs, and what they learn from."""
+    teacher = make_teacher()
+    torch.manual_seed(7)
+    grafted = graft(teacher, plan_surgery(teacher, HedgehogConfig()))
+    values = {"student_forcing": {"choose": "first", "share": 0.7, "end": 0.5, "target": target}, "length": 16}
+    stage = build_stage(TransferConfig(**(SHORT | values)), grafted)
+    assert isinstance(stage, Transfer)
+    stage.course.before_step(0)
+    assert stage.course.draw_forced() == frozenset()
+    stage.course.before_step(11)
+    assert stage.course.draw_forced() == {0, 1}
+
+    seen: dict[str, dict[int, Any]] = {}
+    for name, forced in (("drifted", {0, 1}), ("clean", set[int]())):
+        kept = seen[name] = {}
+        for student in grafted.students.values():
+            student.observer = lambda layer, heads, mixed, kept=kept: kept.update({layer.layer_idx: (heads, mixed)})
+        for layer in grafted.students:  # the layers below `layer` as planned, itself and those above the teacher's
+            forward_by_hand(grafted, packed_batch, {below for below in forced if below < layer})
+            seen[name][layer, "kept"] = kept[layer]
+        for student in grafted.students.values():
+            student.observer = None
+    metrics = stage.train_micro_batch(packed_batch, lambda loss: loss.backward())
+    for layer, student in grafted.students.items():
+        drifted_heads, goal = seen["drifted"][layer, "kept"][0], seen[target][layer, "kept"][1]
+        with torch.no_grad():
+            expected = relative_error(student.mix(drifted_heads)[0], goal)
+        torch.testing.assert_close(metrics[f"error/layer_{layer:02d}"], expected)
+
+
+def test_shares_and_choices():
+    forcing = StudentForcing(begin=0.2, end=0.6, share=0.5)
+    assert [round(forcing.share_at(step, 10), 3) for step in (0, 2, 4, 6, 9)] == [0, 0, 0.25, 0.5, 0.5]
+    torch.manual_seed(0)
+    counts = [len(forcing.draw(0.5, range(10))) for _ in range(200)]
+    assert 4.5 < sum(counts) / 200 < 5.5
+    assert forcing.draw(1.0, [3, 5]) == {3, 5}
+    whole = StudentForcing(choose="all")
+    assert {len(whole.draw(0.5, range(10))) for _ in range(50)} == {0, 10}
+    before = torch.get_rng_state()
+    assert whole.draw(0.0, range(10)) == frozenset()
+    assert torch.equal(before, torch.get_rng_state())
+    with pytest.raises(ValidationError, match=r"begin 0.6 is not below end 0.5"):
+        StudentForcing(begin=0.6)
 
 
 @pytest.mark.parametrize("name", COURSES)
 def test_killed_at_any_step_and_resumed_equals_uninterrupted(make_teacher, tmp_path, name):
     spoil = spoil_layer_1(6)
     whole = train(make_teacher, tmp_path / "whole", COURSES[name], spoil=spoil)
-    for killed in (3, 9, 14):
+    for killed in (9, 14):
         out = tmp_path / f"killed{killed}"
         with pytest.raises(KeyboardInterrupt):
             train(make_teacher, out, COURSES[name], spoil=spoil, stop_at=killed)

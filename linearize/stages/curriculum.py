@@ -1,14 +1,15 @@
-"""The course of a transfer stage: which layers still train."""
+"""The course of a transfer stage: which layers still train, and which see what student layers below them made."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
 from torch.optim import Optimizer
 
 from linearize.stages.course import Parameters
+from linearize.stages.forcing import StudentForcing
 from linearize.stages.watch import LayerWatch, WatchConfig
 from linearize.surgery import Graft
 
@@ -18,16 +19,31 @@ def error_name(layer: int) -> str:
     return f"error/layer_{layer:02d}"
 
 
+class CourseOptions(Protocol):
+    """What the course reads of the stage's configuration."""
+
+    @property
+    def student_forcing(self) -> StudentForcing | None: ...
+    @property
+    def watch(self) -> WatchConfig | None: ...
+    @property
+    def steps(self) -> int: ...
+
+
 class TransferCourse:
     """What a transfer stage's options say of its course.
 
     Args:
-        watch: of the layers, if any.
+        config: student forcing and watch, if any, and the number of steps.
         layers: the trained parameters of every student layer, by its number.
+
+    Attributes:
+        share: of the layers whose student answers go on, in the present step.
     """
 
-    def __init__(self, watch: WatchConfig | None, layers: Mapping[int, Parameters]) -> None:
-        self.layers = layers
+    def __init__(self, config: CourseOptions, layers: Mapping[int, Parameters]) -> None:
+        self.config, self.layers, watch = config, layers, config.watch
+        self.share = 0.0
         self.watch = None if watch is None else LayerWatch(watch, {i: list(own.values()) for i, own in layers.items()})
 
     @property
@@ -44,16 +60,24 @@ class TransferCourse:
         apart = self.watch is not None and self.watch.config.retry is not None
         return list(self.layers.values()) if apart else [parameters]
 
+    def draw_forced(self) -> frozenset[int]:
+        """The layers of one micro-batch whose student answers go on to the layers above."""
+        forcing = self.config.student_forcing
+        return frozenset() if forcing is None else forcing.draw(self.share, list(self.layers))
+
     def before_step(self, step: int) -> None:
-        pass
+        self.share = self._share_at(step)
 
     def after_step(self, step: int, metrics: Mapping[str, float], optimizer: Optimizer) -> dict[str, float]:
+        forced = {} if self.config.student_forcing is None else {"student_forced": self.share}
         if self.watch is None:
-            return {}
+            return forced
         errors = {layer: metrics[error_name(layer)] for layer in self.layers if layer not in self.frozen}
-        self.watch.after_step(step, errors, optimizer, moving=False)
+        moving = self.share != self._share_at(max(0, step - self.watch.config.every))
+        self.watch.after_step(step, errors, optimizer, moving=moving)
         slow = {i: record.scale for i, record in self.watch.records.items() if record.scale < 1}
-        return {"frozen_layers": len(self.frozen), **{f"lr_scale/layer_{i:02d}": scale for i, scale in slow.items()}}
+        scales = {f"lr_scale/layer_{layer:02d}": scale for layer, scale in slow.items()}
+        return {**forced, "frozen_layers": len(self.frozen), **scales}
 
     def state(self) -> dict[str, Any]:
         return {} if self.watch is None else {"watch": self.watch.state()}
@@ -61,6 +85,10 @@ class TransferCourse:
     def restore(self, state: Mapping[str, Any], optimizer: Optimizer) -> None:
         if self.watch is not None:
             self.watch.restore(state["watch"], optimizer)
+
+    def _share_at(self, step: int) -> float:
+        forcing = self.config.student_forcing
+        return 0.0 if forcing is None else forcing.share_at(step, self.config.steps)
 
 
 def parameters_by_layer(graft: Graft, trained: Mapping[str, nn.Parameter]) -> dict[int, Parameters]:
