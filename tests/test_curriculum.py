@@ -63,7 +63,7 @@ def train(
     stop_at: int | None = None,
     spoil: Callable[[Transfer, int], None] = lambda stage, index: None,
 ) -> Trained:
-    """A fresh process as far as it matters. `stop_at`: the micro-batch at which it is killed; every second step was saved."""
+    """A fresh process as far as it matters; every second step is saved. `stop_at`: the micro-batch it is killed at."""
     teacher = make_teacher()
     torch.manual_seed(7)
     grafted = graft(teacher, plan_surgery(teacher, HedgehogConfig()))

@@ -16,6 +16,7 @@ from linearize.mixers import StudentMixer
 from linearize.stages.course import Course
 from linearize.stages.parts import BASE_PARTS, Part, check_parts
 from linearize.surgery import trunk_of
+from linearize.topk import TopK
 
 Share = Annotated[Number, Field(gt=0, le=1)]
 RowLength = Annotated[int, Field(ge=2)]
@@ -33,12 +34,14 @@ class Batch:
         segments_BT: int64 document number within the row; None when every row holds one document.
         target_mask_BT: True where the next token of the row belongs to the same document, so that it is a target.
             The last column is always False.
+        teacher: what the teacher makes of them, where that was cached.
     """
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
     segments_BT: Tensor | None
     target_mask_BT: Tensor
+    teacher: TopK | None = None
 
     def to(self, device: object) -> "Batch":
         """The same batch on another device; copies run asynchronously from pinned memory."""
@@ -47,7 +50,8 @@ class Batch:
             return tensor.to(device, non_blocking=True)  # type: ignore[call-overload]
 
         segments = None if self.segments_BT is None else move(self.segments_BT)
-        return Batch(move(self.input_ids_BT), move(self.position_ids_BT), segments, move(self.target_mask_BT))
+        teacher = None if self.teacher is None else TopK(*map(move, self.teacher))
+        return Batch(move(self.input_ids_BT), move(self.position_ids_BT), segments, move(self.target_mask_BT), teacher)
 
     @property
     def tokens(self) -> int:
