@@ -34,6 +34,7 @@ def convert(
     device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    targets: str | Path | None = None,
     compile: bool = False,
     quiet: bool = False,
 ) -> "Converted":
@@ -51,6 +52,7 @@ def convert(
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None takes a GPU when there is one.
         resume: go on with an interrupted run in `out`.
         overwrite: delete a former run in `out`.
+        targets: folder of cached teacher targets, for stages with `top_k`; see `linearize cache-targets`.
         compile: compile the mixers for training; faster on many GPUs.
         quiet: print nothing.
 
@@ -74,6 +76,7 @@ def convert(
         device=device,
         resume=resume,
         overwrite=overwrite,
+        targets=targets,
         compile=compile,
     )
     return run_conversion(job, Console(stderr=True, quiet=quiet))

@@ -24,8 +24,11 @@ from linearize.mixers import HeadInputs, HeadShapes, MixerState, Rope, StudentMi
 
 Mix = Callable[[HeadInputs, MixerState | None], tuple[Tensor, MixerState]]
 
-Observer = Callable[["StudentAttention", HeadInputs, Tensor], None]
-"""Called in teacher mode with the heads and the teacher's mixed values [B, T, H, V] before the output projection."""
+Observer = Callable[["StudentAttention", HeadInputs, Tensor], Tensor | None]
+"""Called in teacher mode with the heads and the teacher's mixed values [B, T, H, V] before the output projection.
+
+What it returns, [B, T, D], goes on to the layers above in place of the layer's answer; None leaves that as it is.
+"""
 
 
 class StudentAttention(nn.Module):
@@ -122,8 +125,8 @@ class StudentAttention(nn.Module):
             segments_BT,
         )
         mixed_BTHV = seen[self.family.output].unflatten(-1, (self.shapes.query_heads, self.shapes.value_width))
-        self.observer(self, heads, mixed_BTHV)
-        return result
+        instead_BTD = self.observer(self, heads, mixed_BTHV)
+        return result if instead_BTD is None else (instead_BTD, *result[1:])
 
     def _projections(self) -> tuple[str, str, str]:
         return self.family.query, self.family.key, self.family.value

@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from linearize.recipe import Recipe
+from linearize.stages import StageConfig
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,11 @@ class CardFacts:
     perplexity: Sequence[Mapping[str, Any]]  # rows with source, length, student, teacher, ratio
     versions: Mapping[str, str]
     command: str
+
+
+def _lengths(stage: StageConfig) -> str:
+    """Of its rows, in the order of its schedule."""
+    return ", then ".join(f"{piece.length:,}" for piece in stage.pieces())
 
 
 def model_card(recipe: Recipe, facts: CardFacts) -> str:
@@ -42,7 +48,7 @@ def model_card(recipe: Recipe, facts: CardFacts) -> str:
         if row["ratio"] is not None
     )
     stages = "\n".join(
-        f"- `{stage.kind}`: {stage.tokens:,} tokens of length {stage.length:,}" for stage in recipe.stages
+        f"- `{stage.kind}`: {stage.tokens:,} tokens of length {_lengths(stage)}" for stage in recipe.stages
     )
     kept = "none" if recipe.keep_softmax == "none" else str(recipe.keep_softmax)
     return f"""---

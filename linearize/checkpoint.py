@@ -53,11 +53,15 @@ class RngState(TypedDict):
 
 
 class TrainerState(TypedDict):
-    """The content of `trainer.pt`. `names` are the trained parameters in the optimiser's order."""
+    """The content of `trainer.pt`. `names` are the trained parameters in the optimiser's order.
+
+    `course` is what the stage's course must know to go on.
+    """
 
     names: list[str]
     optimizer: dict[str, Any]
     rng: RngState
+    course: dict[str, Any]
 
 
 class RunState(Config):

@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
-from linearize.commands import recipes
+from linearize.commands import recipes, targets
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -38,6 +38,7 @@ app = typer.Typer(
     "Start with: [bold]linearize convert --model smollm2 --recipe hedgehog --tokens 150k --out out/student[/bold]",
 )
 app.add_typer(recipes.app, name="recipes")
+app.command("cache-targets")(targets.cache_targets)
 
 
 @app.command()
@@ -63,6 +64,9 @@ def convert(
     device: DeviceOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a former run in --out first.")] = False,
+    targets_folder: Annotated[
+        Path | None, typer.Option("--targets", help="Cached teacher targets, for stages with top_k: see cache-targets.")
+    ] = None,
     compile_mixers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the mixers for training; faster on many GPUs.")
     ] = False,
@@ -87,6 +91,7 @@ def convert(
         device,
         resume,
         overwrite,
+        targets_folder,
         compile_mixers,
     )
     out_console.print(conversion_report(run_conversion(job, log_console)))

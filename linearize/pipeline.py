@@ -16,9 +16,10 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from linearize.adapters import lora_parameters
+from linearize.caching import Targets, check_targets, targets_of
 from linearize.card import CardFacts, model_card
 from linearize.checkpoint import load_latest, seed_all
-from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
+from linearize.data import Corpus, build_corpus, default_documents, heldout_from, open_documents, scheduled_rows
 from linearize.errors import DataError
 from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
@@ -29,9 +30,10 @@ from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, open_run_folder, write_json
 from linearize.stages import Stage, build_stage, check_stages
+from linearize.stages.distil import Distil, DistilConfig
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
-from linearize.train import FitSettings, Run, check_budget, fit
+from linearize.train import Batches, FitSettings, Run, check_budget, fit
 
 POOLED = "held-out"
 """The name of text that was kept aside from the training text, over all its sources."""
@@ -64,6 +66,7 @@ class Conversion:
     device: str | None = None
     resume: bool = False
     overwrite: bool = False
+    targets: str | Path | None = None  # folder of cached teacher targets
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
 
 
@@ -107,6 +110,8 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     recipe = load_recipe(job.recipe, job.overrides, job.tokens)
     for index, stage in enumerate(recipe.stages):
         check_budget(stage, index)
+    if job.targets is not None:
+        check_targets(recipe)
     with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         machine = _machine(job, recipe, folder)
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
@@ -116,6 +121,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         check_stages(recipe.stages, plan)
         corpus = _corpus(job, recipe, teacher, console)
         heldout, length = _heldout(job, recipe, teacher, corpus)
+        targets = _targets(job, recipe, machine, teacher, corpus)
         facts = _facts(job, recipe, machine, teacher, corpus)
         folder.begin(facts)
 
@@ -133,7 +139,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
             return {**measure(), **monitor()}
 
         settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision])
-        stages = _train(grafted, recipe, corpus, settings, folder, console)
+        stages = _train(grafted, recipe, corpus, targets, settings, folder, console)
 
         export_student(grafted, teacher.tokenizer, recipe, folder.student)
         reloaded = load_student(folder.student, device=str(machine.device))
@@ -188,6 +194,38 @@ def _heldout(job: Conversion, recipe: Recipe, teacher: Teacher, corpus: Corpus) 
     return {source: tokens for source, tokens in found.items() if tokens.size >= length}, length
 
 
+def _targets(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, corpus: Corpus) -> Targets | None:
+    if job.targets is None:
+        return None
+    return targets_of(teacher.model, recipe, corpus.fingerprint, job.targets, MIXED[machine.precision])
+
+
+def cache_targets(job: Conversion, console: Console | None = None) -> None:
+    """Run the teacher over the text of every stage that has `top_k`, and write its targets into `job.targets`.
+
+    What is there already is kept. `convert` with the same job then reads them.
+
+    Raises:
+        LinearizeError: as `convert`; and where the folder holds targets of something else.
+    """
+    console, recipe = console or Console(stderr=True), load_recipe(job.recipe, job.overrides, job.tokens)
+    for index, config in enumerate(recipe.stages):
+        check_budget(config, index)
+    check_targets(recipe)
+    machine = choose_machine(job.device, recipe.precision)
+    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
+    plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+    check_stages(recipe.stages, plan)
+    corpus = _corpus(job, recipe, teacher, console)
+    targets = _targets(job, recipe, machine, teacher, corpus)
+    assert targets is not None, "the command line asks for a folder"
+    grafted = graft(teacher.model, plan)
+    for index, config in enumerate(recipe.stages):
+        if isinstance(config, DistilConfig):
+            stage = Distil(config.model_copy(update={"lora": None}), grafted)  # the teacher has no adapters
+            targets.write(stage, index, _batches(corpus, recipe, index), console)
+
+
 def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, corpus: Corpus) -> dict[str, Any]:
     """What a reader needs to judge or repeat the run; goes to run.json and metrics.json."""
     return {
@@ -219,6 +257,7 @@ def _command(job: Conversion) -> str:
         words += [] if value is None else [name, str(value)]
     for override in job.overrides:
         words += ["--set", override]
+    words += [] if job.targets is None else ["--targets", str(job.targets)]
     words += ["--compile"] if job.compile else []
     return shlex.join([*words, "--out", str(job.out)])
 
@@ -233,10 +272,12 @@ def _graft(model: PreTrainedModel, plan: tuple[Swap, ...], recipe: Recipe, job: 
     return grafted
 
 
+# More parameters than the style allows: they are all that training meets, each a thing of its own.
 def _train(
     grafted: Graft,
     recipe: Recipe,
     corpus: Corpus,
+    targets: Targets | None,
     settings: FitSettings,
     folder: RunFolder,
     console: Console,
@@ -264,8 +305,11 @@ def _train(
                 recipe_hash=recipe.digest(),
                 corpus_fingerprint=corpus.fingerprint,
             )
+            batches = _batches(corpus, recipe, index)
+            if targets is not None:
+                batches = targets.read(stage, index, batches)
             every = max(FEW_STEPS, config.steps // recipe.evaluations)
-            result = fit(stage, _batches(corpus, recipe, index), run, replace(settings, eval_every_steps=every))
+            result = fit(stage, batches, run, replace(settings, eval_every_steps=every))
             folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})
     grafted.model.requires_grad_(False)
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
@@ -279,17 +323,10 @@ def student_parameters(grafted: Graft, stages: Iterable[Stage]) -> dict[str, tor
     return found
 
 
-def _batches(corpus: Corpus, recipe: Recipe, index: int) -> PackedRows:
+def _batches(corpus: Corpus, recipe: Recipe, index: int) -> Batches:
     """The part of the corpus that stage number `index` reads; no two stages read the same tokens."""
-    config = recipe.stages[index]
-    return PackedRows(
-        corpus,
-        length=config.length,
-        rows=min(config.micro_batch, config.batch),
-        first_token=sum(stage.tokens for stage in recipe.stages[:index]),
-        tokens=config.tokens,
-        seed=recipe.seed + index,
-    )
+    first_token = sum(stage.tokens for stage in recipe.stages[:index])
+    return scheduled_rows(corpus, recipe.stages[index], first_token, recipe.seed + index)
 
 
 def _student_perplexities(grafted: Graft, heldout: Mapping[str, np.ndarray], length: int) -> dict[str, float]:

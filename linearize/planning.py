@@ -12,6 +12,7 @@ from linearize.machine import Machine, choose_machine
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages
+from linearize.stages.base import Piece
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
 
@@ -122,17 +123,19 @@ def _cost(config: StageConfig, grafted: Graft, machine: Machine) -> StageCost:
     """Build a stage and measure it."""
     stage = build_stage(config, grafted)
     vocabulary: int = grafted.model.config.vocab_size
-    speed, memory = _measure(stage, machine, vocabulary)
+    pieces = config.pieces()
+    measured = {piece.length: _measure(stage, machine, vocabulary, piece) for piece in pieces}
+    seconds_per_token = sum(piece.tokens / config.tokens / measured[piece.length][0] for piece in pieces)
+    speed, memory = 1 / seconds_per_token, max(peak for _, peak in measured.values())
     trained = list(stage.trainable().values())
     masters = sum(p.numel() * (4 - grafted.raised[p].itemsize) for p in trained if p in grafted.raised)
     size = sum(parameter.numel() for parameter in trained)
     return StageCost(stage.name, config.tokens, config.steps, speed, memory, config.train, size, masters)
 
 
-def _measure(stage: Stage, machine: Machine, vocabulary: int) -> tuple[float, int]:
+def _measure(stage: Stage, machine: Machine, vocabulary: int, piece: Piece) -> tuple[float, int]:
     """Tokens per second and peak memory of one micro-batch; on a GPU of the second one, after a warm-up."""
-    config, device = stage.config, machine.device
-    rows, length = min(config.micro_batch, config.batch), config.length
+    device, rows, length = machine.device, piece.rows, piece.length
     ids_BT = torch.randint(0, vocabulary, (rows, length))
     target_mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
     target_mask_BT[:, -1] = False

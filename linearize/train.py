@@ -41,6 +41,7 @@ from linearize.checkpoint import (
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
+from linearize.stages.course import Course
 
 
 class Batches(Protocol):
@@ -132,16 +133,18 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
     config = stage.config
     check_budget(config, run.stage_index)
     _check_batches(config, len(batches), run)
-    parameters = _trainable(stage, run)
+    groups = stage.course.groups(_trainable(stage, run))
+    parameters = {name: parameter for group in groups for name, parameter in group.items()}
     device = next(iter(parameters.values())).device
     accelerator = _accelerator(device, settings.mixed_precision, config.accumulation)
-    optimizer = _adamw(parameters, config.optimizer)
+    optimizer = _adamw(groups, config.optimizer)
     state = _begin(stage, run, parameters, optimizer)
-    saver = _Saver(run, settings, list(parameters), optimizer)
+    saver = _Saver(run, settings, list(parameters), optimizer, stage.course)
     throughput = Throughput()
 
     with _interruptible() as interrupt, run.progress.stage(stage.name, config.steps, state.step) as progress:
-        while not state.finished and not interrupt.signals:
+        while not (state.finished or stage.course.finished or interrupt.signals):
+            stage.course.before_step(state.step)
             started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
             micro_batches, tokens = _forward_backward(stage, batches, state.micro_batches, accelerator, device)
             grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
@@ -152,7 +155,8 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
             _optimizer_step(optimizer, lr)
             seconds = time.perf_counter() - started
             throughput.add(tokens, seconds)
-            metrics = metrics | {"lr": lr} | _evaluate(settings, state.step + 1, state.steps)
+            metrics |= {"lr": lr} | stage.course.after_step(state.step + 1, metrics, optimizer)
+            metrics |= _evaluate(settings, state.steps if stage.course.finished else state.step + 1, state.steps)
             state = state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics))
             run.metrics.write(_record(state, seconds, throughput))
             progress.update(state.step, metrics, throughput)
@@ -217,6 +221,13 @@ def check_budget(config: StageConfig, stage_index: int) -> None:
             remedy=f"Raise it with `--tokens {needed}` or more, or lower the batch with "
             f"`--set {place}.batch={max(1, config.tokens // config.length)}`.",
         )
+    empty = [piece.length for piece in config.pieces() if piece.steps == 0]
+    if empty:
+        raise RunError(
+            f"{config.steps} steps are too few for lengths {list(config.lengths)}: none would have rows of {empty[0]}.",
+            place=place,
+            remedy=f"Raise the budget with `--set {place}.tokens=`, or take {empty[0]} out of {place}.lengths.",
+        )
 
 
 def _check_batches(config: StageConfig, micro_batches: int, run: Run) -> None:
@@ -264,10 +275,11 @@ def _accelerator(device: torch.device, mixed_precision: str, accumulation: int) 
     return accelerator
 
 
-def _adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> torch.optim.AdamW:
-    tensors = list(parameters.values())
-    fused = all(tensor.is_cuda for tensor in tensors)
-    return torch.optim.AdamW(tensors, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused)
+def _adamw(groups: list[dict[str, nn.Parameter]], config: OptimizerConfig) -> torch.optim.AdamW:
+    """An optimiser group for each of `groups`. Its rate is `scale` × the schedule's; the course may change `scale`."""
+    settings = [{"params": list(group.values()), "scale": 1.0} for group in groups]
+    fused = all(parameter.is_cuda for group in groups for parameter in group.values())
+    return torch.optim.AdamW(settings, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused)
 
 
 def _begin(
@@ -301,6 +313,7 @@ def _begin(
     # the moments come from the checkpoint, the settings from the recipe: another device may not be fused
     settings = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": trainer["optimizer"]["state"], "param_groups": settings})
+    stage.course.restore(trainer["course"], optimizer)
     set_rng_state(trainer["rng"])
     run.metrics.truncate_after(run.stage_index, checkpoint.state.step)
     return checkpoint.state.model_copy(update={"device": str(device)})
@@ -327,7 +340,7 @@ def _forward_backward(
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["scale"]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
 
@@ -350,8 +363,11 @@ def _record(state: RunState, seconds: float, throughput: Throughput) -> dict[str
 class _Saver:
     """Saves when it is time to, and never the same step twice."""
 
-    def __init__(self, run: Run, settings: FitSettings, names: list[str], optimizer: torch.optim.Optimizer) -> None:
-        self._run, self._settings, self._names, self._optimizer = run, settings, names, optimizer
+    def __init__(
+        self, run: Run, settings: FitSettings, names: list[str], optimizer: torch.optim.Optimizer, course: Course
+    ) -> None:
+        self._run, self._settings, self._names = run, settings, names
+        self._optimizer, self._course = optimizer, course
         self._saved = run.checkpoint.folder if run.checkpoint else None
         self._saved_step = run.checkpoint.state.step if run.checkpoint else None
         self._saved_at = time.monotonic()
@@ -363,7 +379,12 @@ class _Saver:
     def save(self, state: RunState, rng: RngState) -> Path:
         if self._saved is None or self._saved_step != state.step:
             self._run.metrics.sync()
-            trainer: TrainerState = {"names": self._names, "optimizer": self._optimizer.state_dict(), "rng": rng}
+            trainer: TrainerState = {
+                "names": self._names,
+                "optimizer": self._optimizer.state_dict(),
+                "rng": rng,
+                "course": self._course.state(),
+            }
             self._saved = save_checkpoint(self._run.out, state, self._run.student, trainer, self._settings.keep)
             self._saved_step, self._saved_at = state.step, time.monotonic()
         return self._saved

@@ -46,7 +46,7 @@ def trainer_state() -> TrainerState:
     optimizer = torch.optim.AdamW([weight])
     weight.sum().backward()
     optimizer.step()
-    return {"names": ["weight"], "optimizer": optimizer.state_dict(), "rng": get_rng_state()}
+    return {"names": ["weight"], "optimizer": optimizer.state_dict(), "rng": get_rng_state(), "course": {}}
 
 
 def save(out, step, stage_index=0, keep=2, value=None):

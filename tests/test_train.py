@@ -20,6 +20,7 @@ from linearize.checkpoint import list_checkpoints, load_latest, read_trainer, re
 from linearize.errors import NonFiniteLossError, RunError
 from linearize.metrics import TIMING_FIELDS, MetricsLog, Progress, Throughput, read_metrics
 from linearize.stages.base import Batch, OptimizerConfig, StageConfig
+from linearize.stages.course import SteadyCourse
 from linearize.train import FitSettings, Run, RunInterrupted, fit, learning_rate
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -70,6 +71,7 @@ class ToyStage:
     before: Callable[[int], None] = lambda index: None
     name: str = "toy"
     calls: int = 0
+    course = SteadyCourse()
 
     def trainable(self):
         return {name: p for name, p in self.model.named_parameters() if not name.startswith("idle")}

@@ -7,6 +7,7 @@ batch = rows[123]  # always the same micro-batch, so resuming at micro-batch 123
 """
 
 from linearize.data.corpus import Corpus, build_corpus, heldout_from
+from linearize.data.lengths import ScheduledRows, scheduled_rows
 from linearize.data.packing import PackedRows
 from linearize.data.sources import Documents, builtin_documents, default_documents, open_documents
 
@@ -14,9 +15,11 @@ __all__ = [
     "Corpus",
     "Documents",
     "PackedRows",
+    "ScheduledRows",
     "build_corpus",
     "builtin_documents",
     "default_documents",
     "heldout_from",
     "open_documents",
+    "scheduled_rows",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
@@ -13,9 +13,13 @@ from transformers import PreTrainedModel
 from linearize.config import Config, Number, TokenCount
 from linearize.families import ModelFamily
 from linearize.mixers import StudentMixer
+from linearize.stages.course import Course
 from linearize.stages.parts import BASE_PARTS, Part, check_parts
 from linearize.surgery import trunk_of
+from linearize.topk import TopK
 
+Share = Annotated[Number, Field(gt=0, le=1)]
+RowLength = Annotated[int, Field(ge=2)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Backward = Callable[[Tensor], None]
 
@@ -30,12 +34,14 @@ class Batch:
         segments_BT: int64 document number within the row; None when every row holds one document.
         target_mask_BT: True where the next token of the row belongs to the same document, so that it is a target.
             The last column is always False.
+        teacher: what the teacher makes of them, where that was cached.
     """
 
     input_ids_BT: Tensor
     position_ids_BT: Tensor
     segments_BT: Tensor | None
     target_mask_BT: Tensor
+    teacher: TopK | None = None
 
     def to(self, device: object) -> "Batch":
         """The same batch on another device; copies run asynchronously from pinned memory."""
@@ -44,7 +50,8 @@ class Batch:
             return tensor.to(device, non_blocking=True)  # type: ignore[call-overload]
 
         segments = None if self.segments_BT is None else move(self.segments_BT)
-        return Batch(move(self.input_ids_BT), move(self.position_ids_BT), segments, move(self.target_mask_BT))
+        teacher = None if self.teacher is None else TopK(*map(move, self.teacher))
+        return Batch(move(self.input_ids_BT), move(self.position_ids_BT), segments, move(self.target_mask_BT), teacher)
 
     @property
     def tokens(self) -> int:
@@ -64,16 +71,54 @@ class OptimizerConfig(Config):
     clip: Number | None = Field(1.0, gt=0, description="largest gradient norm; null = no clipping")
 
 
+class Piece(NamedTuple):
+    """A run of steps whose rows have one length. `rows` are those of a micro-batch, `tokens` those of its text."""
+
+    steps: int
+    length: int
+    rows: int
+    tokens: int
+
+
 class StageConfig(Config):
-    """Base of all stage configurations; `kind` names the stage in the STAGES table."""
+    """Base of all stage configurations; `kind` names the stage in the STAGES table.
+
+    With `lengths`, rows get longer (or shorter) as the stage goes on, and a step keeps its tokens: `batch` and
+    `micro_batch` count rows of the longest length, which becomes `length`; a shorter one has as many more rows.
+    """
 
     kind: str
     tokens: TokenCount = Field(gt=0, description="training tokens of this stage")
     length: int = Field(1024, ge=2, description="tokens per row")
+    lengths: tuple[tuple[Share, RowLength], ...] = Field(
+        (), description="[share of the steps, tokens per row] in order, such as [[0.5, 512], [0.5, 2048]]"
+    )
     batch: int = Field(8, ge=1, description="rows per optimiser step")
     micro_batch: int = Field(8, ge=1, description="rows per forward; must divide batch")
     optimizer: OptimizerConfig = OptimizerConfig()
     train: tuple[Part, ...] = Field(("mixer",), description="what trains: mixer, qkv, o, norms, lora or all")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _longest(cls, values: Any) -> Any:
+        """`length` is the longest of `lengths`: what memory and held-out windows go by."""
+        if not isinstance(values, dict) or not values.get("lengths") or "length" in values:
+            return values
+        try:
+            return {**values, "length": max(length for _, length in values["lengths"])}
+        except (TypeError, ValueError):
+            return values  # the field's own check says what is wrong
+
+    @field_validator("lengths")
+    @classmethod
+    def _whole_stage(cls, lengths: tuple[tuple[float, int], ...]) -> tuple[tuple[float, int], ...]:
+        if lengths and abs(sum(share for share, _ in lengths) - 1) > 1e-6:
+            raise ValueError(f"the shares add up to {sum(share for share, _ in lengths):g}, not to 1")
+        longest = max((length for _, length in lengths), default=0)
+        odd = [length for _, length in lengths if longest % length]
+        if odd:
+            raise ValueError(f"{longest} is no multiple of {odd[0]}: a step could not keep its number of tokens")
+        return lengths
 
     @field_validator("train")
     @classmethod
@@ -87,6 +132,13 @@ class StageConfig(Config):
             raise ValueError(f"micro_batch {self.micro_batch} does not divide batch {self.batch}")
         return self
 
+    @model_validator(mode="after")
+    def _one_length(self) -> "StageConfig":
+        longest = max((length for _, length in self.lengths), default=self.length)
+        if longest != self.length:
+            raise ValueError(f"length is {self.length}, the longest of lengths {longest}; leave length out")
+        return self
+
     @property
     def steps(self) -> int:
         """Optimiser steps: whole batches only, so a budget smaller than one batch gives 0."""
@@ -96,6 +148,21 @@ class StageConfig(Config):
     def accumulation(self) -> int:
         """Micro-batches per optimiser step."""
         return self.batch // min(self.micro_batch, self.batch)
+
+    def pieces(self) -> tuple[Piece, ...]:
+        """The stage by row length, in order. The last piece takes the tokens that do not fill a step."""
+        shares, rows = self.lengths or ((1.0, self.length),), min(self.micro_batch, self.batch)
+        step_tokens = self.length * self.batch
+        found: list[Piece] = []
+        share_done, steps_done = 0.0, 0
+        for number, (share, length) in enumerate(shares, 1):
+            share_done += share
+            until = self.steps if number == len(shares) else round(share_done * self.steps)
+            tokens = (until - steps_done) * step_tokens
+            found.append(Piece(until - steps_done, length, rows * (self.length // length), tokens))
+            steps_done = until
+        left_over = self.tokens - steps_done * step_tokens
+        return (*found[:-1], found[-1]._replace(tokens=found[-1].tokens + left_over))
 
     @property
     def trains_base(self) -> bool:
@@ -122,6 +189,11 @@ class Stage(Protocol):
     @property
     def config(self) -> StageConfig:
         """Budget and optimiser."""
+        ...
+
+    @property
+    def course(self) -> Course:
+        """What changes from step to step."""
         ...
 
     def trainable(self) -> Mapping[str, nn.Parameter]:

@@ -7,6 +7,7 @@ base weights, it is the frozen copy that was made before the first of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -19,8 +20,10 @@ from linearize.errors import RecipeError
 from linearize.families import ModelFamily
 from linearize.losses import DistillationWeights, Heads, distillation_loss
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.course import SteadyCourse
 from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
+from linearize.topk import TopK, top_k, topk_distillation_loss
 
 DEFAULT_PARTS: tuple[Part, ...] = ("mixer", "lora")
 
@@ -33,6 +36,9 @@ class DistilConfig(StageConfig):
     kl: Number = Field(1.0, ge=0, description="weight of KL(teacher || student)")
     ce: Number = Field(0.0, ge=0, description="weight of the next-token cross-entropy")
     temperature: Number = Field(1.0, gt=0)
+    top_k: int | None = Field(
+        None, ge=1, description="learn from the teacher's k likeliest tokens and the rest as one; null = from all"
+    )
     lora: LoraSettings | None = Field(None, description="of the adapters; their defaults where `train` names lora")
 
     @model_validator(mode="before")
@@ -74,7 +80,7 @@ class Distil:
     name = "distil"
 
     def __init__(self, config: DistilConfig, graft: Graft) -> None:
-        self.config, self.graft = config, graft
+        self.config, self.graft, self.course = config, graft, SteadyCourse()
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
         if config.lora is not None:
             add_lora(graft.model, config.lora)
@@ -83,19 +89,39 @@ class Distil:
         return trained_parameters(self.graft, self.config.train)
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
-        with torch.no_grad(), lora_off(self.graft.model), self.graft.as_teacher() as teacher:
-            teacher_BTD = run_trunk(teacher, batch)
-        student_BTD = run_trunk(self.graft.model, batch)
-        terms = distillation_loss(
-            student_BTD.flatten(0, 1),
-            teacher_BTD.flatten(0, 1),
-            self._heads(),
-            batch.input_ids_BT.roll(-1, dims=1).flatten(),
-            batch.target_mask_BT.flatten(),
-            self.weights,
-        )
+        if self.config.top_k is not None and batch.teacher is None:
+            batch = replace(batch, teacher=self.targets(batch))
+        teacher_BTD = self._teacher_hidden(batch) if batch.teacher is None else None
+        student_LD = run_trunk(self.graft.model, batch).flatten(0, 1)
+        next_L, mask_L = batch.input_ids_BT.roll(-1, dims=1).flatten(), batch.target_mask_BT.flatten()
+        if teacher_BTD is not None:
+            goal_LD = teacher_BTD.flatten(0, 1)
+            terms = distillation_loss(student_LD, goal_LD, self._heads(), next_L, mask_L, self.weights)
+        else:
+            assert batch.teacher is not None
+            goal = batch.teacher.flat()
+            terms = topk_distillation_loss(student_LD, goal, self._heads(), next_L, mask_L, self.weights)
         backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
+
+    @torch.no_grad()
+    def targets(self, batch: Batch) -> TopK:
+        """What the teacher makes of a micro-batch, as far as `top_k` keeps it.
+
+        Raises:
+            RecipeError: the vocabulary is smaller.
+        """
+        vocabulary: int = self.graft.model.config.vocab_size
+        k = self.config.top_k
+        assert k is not None
+        if k > vocabulary:
+            raise RecipeError(f"{k} is more than the vocabulary of {vocabulary} has", place="top_k")
+        return top_k(self._teacher_hidden(batch), self._heads().teacher, k, self.config.temperature)
+
+    @torch.no_grad()
+    def _teacher_hidden(self, batch: Batch) -> Tensor:
+        with lora_off(self.graft.model), self.graft.as_teacher() as teacher:
+            return run_trunk(teacher, batch)
 
     def _heads(self) -> Heads:
         """Of student and teacher over the vocabulary; one and the same while base weights are frozen."""

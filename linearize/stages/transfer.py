@@ -16,12 +16,15 @@ import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
-from linearize.attention import StudentAttention, full_precision, teacher_rows
+from linearize.attention import Observer, StudentAttention, full_precision, teacher_rows
 from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.curriculum import TransferCourse, error_name, parameters_by_layer
+from linearize.stages.forcing import StudentForcing
 from linearize.stages.parts import Part, trained_parameters
+from linearize.stages.watch import WatchConfig
 from linearize.surgery import Graft
 
 ObjectiveName = Literal["mse", "relative_mse", "attention_ce", "matrix", "hidden"]
@@ -30,12 +33,13 @@ Rows = Literal["normalised", "matrix", "none"]
 
 @dataclass(frozen=True)
 class LayerAnswers:
-    """What a teacher layer and its student make of one input.
+    """What a teacher layer and its student make of an input.
 
     Attributes:
         teacher: the layer in teacher mode; where base weights train, of the frozen copy.
         student: the layer that trains; where they do not, the same one.
-        teacher_heads, student_heads: what their projections made of the input.
+        teacher_heads, student_heads: what their projections made of the input; the teacher's of its own, where its
+            student's is drifted and the target is not.
         teacher_BTHV, student_BTHV: mixed values before the output projection.
         error: relative error of the student's.
     """
@@ -106,6 +110,8 @@ class TransferConfig(StageConfig):
     objective: dict[ObjectiveName, Number] = Field(
         {"relative_mse": 1.0}, description="weights of the terms, summed over layers"
     )
+    student_forcing: StudentForcing | None = Field(None, description="inputs from student layers; null = off")
+    watch: WatchConfig | None = Field(None, description="{every, stop, retry}: of each layer's error; null = off")
 
     @field_validator("train")
     @classmethod
@@ -143,13 +149,21 @@ class TransferConfig(StageConfig):
         return {"objective": f"{'; '.join(wrong)}; this mixer has none. It can have: {', '.join(fitting)}"}
 
 
+class Goal(NamedTuple):
+    """What a student layer is compared with: a teacher layer's heads, and its mixed values."""
+
+    heads: HeadInputs
+    mixed_BTHV: Tensor
+
+
 class Transfer:
-    """Trains student layers one by one; the loss is the mean over layers."""
+    """Trains student layers one by one; the loss is the mean over the layers that still train."""
 
     name = "transfer"
 
     def __init__(self, config: TransferConfig, graft: Graft) -> None:
         self.config, self.graft = config, graft
+        self.course = TransferCourse(config, parameters_by_layer(graft, self.trainable()))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
@@ -158,15 +172,26 @@ class Transfer:
         losses: list[Tensor] = []
         errors: dict[str, Tensor] = {}
         layers = len(self.graft.students)
+        forced, clean = self.course.draw_forced(), self._clean_goals(batch)
 
-        def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
+        def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> Tensor | None:
+            layer = teacher.layer_idx
+            if layer in self.course.frozen:
+                return self._student_answer(layer, heads) if layer in forced else None
             with torch.enable_grad():
-                answers = self._answers(teacher, heads, teacher_BTHV)
+                answers = self._answers(teacher, heads, clean.get(layer, Goal(heads, teacher_BTHV)))
                 loss = self._loss(answers)
                 backward(loss / layers)
             losses.append(loss.detach())
-            errors[f"error/layer_{teacher.layer_idx:02d}"] = answers.error.detach()
+            errors[error_name(layer)] = answers.error.detach()
+            return answers.student.answer(answers.student_BTHV.detach()) if layer in forced else None
 
+        self._run_teacher(batch, observe)
+        mean_error = torch.stack(list(errors.values())).mean()
+        return {"loss": torch.stack(losses).mean(), "error": mean_error, **errors}
+
+    def _run_teacher(self, batch: Batch, observe: Observer) -> None:
+        """One forward of the teacher, without gradients; `observe` is called in every student layer's place."""
         observed = self.graft.observed.students.values()
         try:
             for teacher in observed:
@@ -176,16 +201,32 @@ class Transfer:
         finally:
             for teacher in observed:
                 teacher.observer = None
-        mean_error = torch.stack(list(errors.values())).mean()
-        return {"loss": torch.stack(losses).mean(), "error": mean_error, **errors}
 
-    def _answers(self, teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> LayerAnswers:
-        """The student layer on the teacher layer's input, through its own projections where they may differ."""
+    def _clean_goals(self, batch: Batch) -> dict[int, "Goal"]:
+        """What each layer is to answer on the teacher's own input, where that is not the input it will see."""
+        forcing, goals = self.config.student_forcing, dict[int, Goal]()
+        if forcing is None or forcing.target != "clean" or self.course.share == 0:
+            return goals
+
+        def keep(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
+            goals[teacher.layer_idx] = Goal(heads, teacher_BTHV)
+
+        self._run_teacher(batch, keep)
+        return goals
+
+    def _student_answer(self, layer: int, heads: HeadInputs) -> Tensor:
+        """[B, T, D] of a student layer that trains no more."""
+        student = self.graft.students[layer]
+        mixed_BTHV, _ = student.mix(heads if self.graft.teacher is None else student.project(heads))
+        return student.answer(mixed_BTHV)
+
+    def _answers(self, teacher: StudentAttention, heads: HeadInputs, goal: "Goal") -> LayerAnswers:
+        """The student layer on the layer's input, through its own projections where they may differ."""
         student = self.graft.students[teacher.layer_idx]
         own = heads if student is teacher else student.project(heads)
         student_BTHV, _ = student.mix(own)
-        error = relative_error(student_BTHV, teacher_BTHV)
-        return LayerAnswers(teacher, student, heads, own, teacher_BTHV, student_BTHV, error)
+        error = relative_error(student_BTHV, goal.mixed_BTHV)
+        return LayerAnswers(teacher, student, goal.heads, own, goal.mixed_BTHV, student_BTHV, error)
 
     def _loss(self, answers: LayerAnswers) -> Tensor:
         """The layer's objective."""
