@@ -25,6 +25,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from linearize_kernels.configs import launch
+from linearize_kernels.distillation_loss import triton as loss
 from linearize_kernels.gated_linear_attention import triton as walk
 from linearize_kernels.gated_linear_attention.launch import ONE_SIGN_FROM, power
 
@@ -61,6 +62,11 @@ CASES = {
     "features 256": Case("none", "none", 256, 256, 128),
 }
 
+LOSSES = {"distillation loss": torch.bfloat16, "distillation loss, fp32": torch.float32}
+LOSS_TYPES = {
+    "targets": "*i64", "mask": "*i1", "kl_weight": "fp32", "surprise_weight": "fp32", "heat": "fp32",
+} | dict.fromkeys(("student", "teacher", "gradient", "kl_rows", "surprise_rows"), "*fp32")  # fmt: skip
+
 
 class Compiled(NamedTuple):
     registers: int
@@ -94,7 +100,30 @@ def compile_kernel(name: str, case: Case) -> Compiled:
         if signature[argument].startswith("*") or argument.endswith(("_batch", "_token", "_head"))
     }
     options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
-    source = ASTSource(function, signature, constants, aligned)
+    return _usage(ASTSource(function, signature, constants, aligned), options)
+
+
+def compile_loss(name: str, dtype: torch.dtype) -> Compiled:
+    """Compile the distillation loss with all its options, as it would be launched."""
+    function = getattr(loss, name)
+    chosen = launch(name, dtype, 16, "rows")
+    constants = {"C": chosen.chunk, "WARM": True, "SURPRISED": True}
+    signature = {
+        argument: "constexpr" if argument in constants else LOSS_TYPES.get(argument, "i32")
+        for argument in function.arg_names
+    }
+    if dtype == torch.bfloat16:
+        signature |= dict.fromkeys(("student", "teacher", "gradient"), "*bf16")
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(signature.values())
+        if kind.startswith("*") or kind == "i32"
+    }
+    options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
+    return _usage(ASTSource(function, signature, constants, aligned), options)
+
+
+def _usage(source: ASTSource, options: dict[str, int]) -> Compiled:
     kernel = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -127,15 +156,17 @@ def _tool(name: str, *arguments: str) -> str:
 def main() -> int:
     """Print the table; 1 where something does not fit."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", action="append", choices=list(CASES), help="one case, may be repeated; default all")
+    parser.add_argument(
+        "--case", action="append", choices=[*CASES, *LOSSES], help="one case, may be repeated; default all"
+    )
     failed = 0
     print(
         "| case | kernel | registers | spilled bytes | shared memory | matrix instructions |\n|---|---|---|---|---|---|"
     )
-    for case in parser.parse_args().case or CASES:
-        for name in KERNELS:
+    for case in parser.parse_args().case or [*CASES, *LOSSES]:
+        for name in KERNELS if case in CASES else ("distillation_rows",):
             try:
-                found = compile_kernel(name, CASES[case])
+                found = compile_kernel(name, CASES[case]) if case in CASES else compile_loss(name, LOSSES[case])
             except Exception as error:  # any failure of the compiler is a finding
                 failed += 1
                 print(f"| {case} | {name} | {type(error).__name__}: {str(error)[-200:]!r} | | | |", flush=True)

@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("case", ["hedgehog 64, all options", "exp 80", "decay per channel 64"])
+@pytest.mark.parametrize("case", ["hedgehog 64, all options", "exp 80", "decay per channel 64", "distillation loss"])
 def test_compiles_for_sm_90(case: str, capfd: pytest.CaptureFixture[str]) -> None:
     """In a process of its own: this one may hold Triton's interpreter."""
     pytest.importorskip("triton")
