@@ -29,8 +29,26 @@ def relative_error(student_BTHV: Tensor, teacher_BTHV: Tensor) -> Tensor:
 
     Absolute errors grow with depth because activations do; this one compares layers.
     """
-    student, teacher = student_BTHV.float(), teacher_BTHV.float()
-    return (student - teacher).square().sum() / teacher.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+    error: Tensor = _RelativeError.apply(student_BTHV, teacher_BTHV)
+    return error
+
+
+class _RelativeError(torch.autograd.Function):
+    """Written out because it runs in every layer: half the launches, and one fp32 copy instead of two in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, student_BTHV: Tensor, teacher_BTHV: Tensor) -> Tensor:
+        difference_BTHV = student_BTHV.to(torch.float32, copy=True).sub_(teacher_BTHV)
+        energy = torch.linalg.vector_norm(teacher_BTHV, dtype=torch.float32).square_()
+        energy.clamp_min_(torch.finfo(torch.float32).tiny)
+        ctx.save_for_backward(difference_BTHV, energy)
+        ctx.dtype = student_BTHV.dtype
+        return torch.linalg.vector_norm(difference_BTHV).square_().div_(energy)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
+        difference_BTHV, energy = ctx.saved_tensors
+        return difference_BTHV.mul(gradients[0] * 2 / energy).to(ctx.dtype), None
 
 
 def hidden_distance(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:

@@ -13,12 +13,12 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from linearize.adapters import LoraSettings, add_lora, lora_off
+from linearize.adapters import LoraSettings, adapters_off, add_lora, lora_layers
 from linearize.config import Number
 from linearize.errors import RecipeError
 from linearize.families import ModelFamily
 from linearize.losses import DistillationWeights, Heads, distillation_loss
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
 
@@ -78,14 +78,16 @@ class Distil:
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
         if config.lora is not None:
             add_lora(graft.model, config.lora)
+        self._adapted = lora_layers(graft.model)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
-        with torch.no_grad(), lora_off(self.graft.model), self.graft.as_teacher() as teacher:
-            teacher_BTD = run_trunk(teacher, batch)
-        student_BTD = run_trunk(self.graft.model, batch)
+        mask_B1TT = softmax_mask(self.graft.model, batch)
+        with torch.no_grad(), adapters_off(self._adapted), self.graft.as_teacher() as teacher:
+            teacher_BTD = run_trunk(teacher, batch, mask_B1TT)
+        student_BTD = run_trunk(self.graft.model, batch, mask_B1TT)
         terms = distillation_loss(
             student_BTD.flatten(0, 1),
             teacher_BTD.flatten(0, 1),

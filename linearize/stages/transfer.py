@@ -20,7 +20,7 @@ from linearize.attention import StudentAttention, full_precision, teacher_rows
 from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
 
@@ -156,7 +156,7 @@ class Transfer:
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         losses: list[Tensor] = []
-        errors: dict[str, Tensor] = {}
+        errors: dict[str, Tensor] = {}  # of each layer, by the name of its metric
         layers = len(self.graft.students)
 
         def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
@@ -172,12 +172,13 @@ class Transfer:
             for teacher in observed:
                 teacher.observer = observe
             with torch.no_grad(), self.graft.as_teacher() as model:
-                run_trunk(model, batch)
+                run_trunk(model, batch, softmax_mask(model, batch))
         finally:
             for teacher in observed:
                 teacher.observer = None
-        mean_error = torch.stack(list(errors.values())).mean()
-        return {"loss": torch.stack(losses).mean(), "error": mean_error, **errors}
+        error_N = torch.stack(list(errors.values()))
+        by_layer = dict(zip(errors, error_N.unbind(), strict=True))
+        return {"loss": torch.stack(losses).mean(), "error": error_N.mean(), **by_layer}
 
     def _answers(self, teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> LayerAnswers:
         """The student layer on the teacher layer's input, through its own projections where they may differ."""
@@ -189,5 +190,7 @@ class Transfer:
 
     def _loss(self, answers: LayerAnswers) -> Tensor:
         """The layer's objective."""
-        terms = [weight * OBJECTIVES[name].term(answers) for name, weight in self.config.objective.items() if weight]
-        return torch.stack(terms).sum()
+        first, *others = [
+            weight * OBJECTIVES[name].term(answers) for name, weight in self.config.objective.items() if weight
+        ]
+        return sum(others, start=first)
