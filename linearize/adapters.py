@@ -66,8 +66,10 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         target_modules=list(settings.targets),
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    device = model.get_input_embeddings().weight.device  # the layer's own weights may be in host memory (streaming)
+    assert isinstance(device, torch.device)
     for parameter in lora_parameters(model).values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(device, torch.float32)
 
 
 def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:

@@ -7,6 +7,7 @@ base weights, it is the frozen copy that was made before the first of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from linearize.adapters import LoraSettings, adapters_off, add_lora, lora_layers
 from linearize.config import Number
-from linearize.errors import RecipeError
+from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
 from linearize.losses import DistillationWeights, Heads, distillation_loss
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.parts import Part, trained_parameters
+from linearize.streaming import recompute
 from linearize.surgery import Graft
 
 DEFAULT_PARTS: tuple[Part, ...] = ("mixer", "lora")
@@ -33,6 +35,9 @@ class DistilConfig(StageConfig):
     kl: Number = Field(1.0, ge=0, description="weight of KL(teacher || student)")
     ce: Number = Field(0.0, ge=0, description="weight of the next-token cross-entropy")
     temperature: Number = Field(1.0, gt=0)
+    checkpoint_activations: bool | Literal["auto"] = Field(
+        "auto", description="compute decoder layers again in the backward pass; auto: where layers are streamed"
+    )
     lora: LoraSettings | None = Field(None, description="of the adapters; their defaults where `train` names lora")
 
     @model_validator(mode="before")
@@ -78,6 +83,12 @@ class Distil:
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
         if config.lora is not None:
             add_lora(graft.model, config.lora)
+        if graft.stream is not None and config.checkpoint_activations is False:
+            raise RunError(
+                "streamed layers are not on the device when their gradients are computed, unless they are recomputed",
+                place="checkpoint_activations: false",
+                remedy="Leave it out of the stage, or do not stream layers.",
+            )
         self._adapted = lora_layers(graft.model)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -87,7 +98,8 @@ class Distil:
         mask_B1TT = softmax_mask(self.graft.model, batch)
         with torch.no_grad(), adapters_off(self._adapted), self.graft.as_teacher() as teacher:
             teacher_BTD = run_trunk(teacher, batch, mask_B1TT)
-        student_BTD = run_trunk(self.graft.model, batch, mask_B1TT)
+        with self._recompute():
+            student_BTD = run_trunk(self.graft.model, batch, mask_B1TT)
         terms = distillation_loss(
             student_BTD.flatten(0, 1),
             teacher_BTD.flatten(0, 1),
@@ -98,6 +110,13 @@ class Distil:
         )
         backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
+
+    def _recompute(self) -> AbstractContextManager[None]:
+        """The student's pass keeps what its backward pass needs, or only the layers' inputs."""
+        stream, asked = self.graft.stream, self.config.checkpoint_activations
+        if asked is True or (asked == "auto" and stream is not None):
+            return recompute(self.graft.decoder_layers, stream)
+        return nullcontext()
 
     def _heads(self) -> Heads:
         """Of student and teacher over the vocabulary; one and the same while base weights are frozen."""
