@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -66,8 +66,10 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         target_modules=list(settings.targets),
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
+    device = model.get_input_embeddings().weight.device  # the layer's own weights may be in host memory (streaming)
+    assert isinstance(device, torch.device)
     for parameter in lora_parameters(model).values():
-        parameter.data = parameter.data.float()
+        parameter.data = parameter.data.to(device, torch.float32)
 
 
 def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:
@@ -88,19 +90,25 @@ def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:
 
 
 @contextmanager
-def lora_off(model: nn.Module) -> Iterator[None]:
-    """Inside, adapters change nothing. Afterwards all is as before: peft's own switch would unfreeze every adapter."""
-    before = [(layer, layer.disable_adapters) for layer in lora_layers(model)]
-    trained = [(parameter, parameter.requires_grad) for parameter in lora_parameters(model).values()]
-    for layer, _ in before:
-        layer.enable_adapters(False)
+def adapters_off(layers: Sequence[LoraLayer]) -> Iterator[None]:
+    """Inside, these adapted modules answer as before they were adapted.
+
+    Sets the flag that peft's modules look at. Its own switch walks all parameters and unfreezes every adapter, which
+    takes the host longer than a small teacher takes the GPU.
+    """
+    before = [layer.disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer, was_off in before:
-            layer.enable_adapters(not was_off)
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
+
+
+def lora_off(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, the model's adapters change nothing. Afterwards all is as before."""
+    return adapters_off(lora_layers(model))
 
 
 def merge_lora(model: nn.Module) -> int:

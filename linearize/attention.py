@@ -200,12 +200,14 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
     use_cache = given.get("use_cache")
     cached = given.get("past_key_values") is not None or (_default_use_cache(trunk) if use_cache is None else use_cache)
+    segments = given.get("segments_BT")
+    if segments is not None and mask is not None and mask.ndim == 4:  # the segments say the same, for softmax layers
+        return (), {**given, "padding_mask_BT": None}
     if mask is not None and mask.ndim != 2:
         raise ValueError(
             f"attention_mask has {mask.ndim} dimensions; a linear-attention student takes the 2-D padding mask "
             "[batch, tokens] only"
         )
-    segments = given.get("segments_BT")
     if segments is None and position_ids is not None and mask is None and not cached:
         segments = find_packed_sequence_indices(position_ids)
     return (), {**given, "padding_mask_BT": mask, "segments_BT": segments}

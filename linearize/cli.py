@@ -70,6 +70,10 @@ def convert(
     compile_mixers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the mixers for training; faster on many GPUs.")
     ] = False,
+    stream_layers: Annotated[
+        bool,
+        typer.Option("--stream-layers", help="Keep frozen layers in host memory, on the GPU only while they compute."),
+    ] = False,
 ) -> None:
     """Convert a teacher into a student, train it, write it, and measure both.
 
@@ -93,6 +97,7 @@ def convert(
         overwrite,
         targets_folder,
         compile_mixers,
+        stream_layers,
     )
     out_console.print(conversion_report(run_conversion(job, log_console)))
 

@@ -20,7 +20,7 @@ from linearize.caching import Targets, check_targets, targets_of
 from linearize.card import CardFacts, model_card
 from linearize.checkpoint import load_latest, seed_all
 from linearize.data import Corpus, build_corpus, default_documents, heldout_from, open_documents, scheduled_rows
-from linearize.errors import DataError
+from linearize.errors import DataError, RunError
 from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
 from linearize.export import export_student, load_student
@@ -31,7 +31,7 @@ from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, open_run_folder, write_json
 from linearize.stages import Stage, build_stage, check_stages
 from linearize.stages.distil import Distil, DistilConfig
-from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
+from linearize.surgery import Graft, Swap, graft, plan_surgery, stream_layers, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
 from linearize.train import Batches, FitSettings, Run, check_budget, fit
 
@@ -68,6 +68,7 @@ class Conversion:
     overwrite: bool = False
     targets: str | Path | None = None  # folder of cached teacher targets
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
+    stream_layers: bool = False  # frozen weights of a decoder layer are on the device only while it computes
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         machine = _machine(job, recipe, folder)
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
-        teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
+        stream = _check_stream(job, recipe)
+        teacher = load_teacher(job.model, dtype=machine.dtype, device="cpu" if stream else machine.device)
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
         check_stages(recipe.stages, plan)
@@ -125,9 +127,10 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         facts = _facts(job, recipe, machine, teacher, corpus)
         folder.begin(facts)
 
+        streamed = stream_layers(teacher.model, machine.device) if stream else None
         before = Measured(**folder.once("teacher", lambda: asdict(_measure(teacher.model, teacher, heldout, length))))
         seed_all(recipe.seed, len(recipe.stages))  # mixers that start at random start the same in every run
-        grafted = _graft(teacher.model, plan, recipe, job)
+        grafted = replace(_graft(teacher.model, plan, recipe, job), stream=streamed)
         second = "" if grafted.teacher is None else " Base weights will train: the teacher is a second copy."
         console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.{second}", highlight=False)
         measure = partial(_student_perplexities, grafted, heldout, length)
@@ -141,6 +144,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision])
         stages = _train(grafted, recipe, corpus, targets, settings, folder, console)
 
+        grafted.leave_device()
         export_student(grafted, teacher.tokenizer, recipe, folder.student)
         reloaded = load_student(folder.student, device=str(machine.device))
         after = _measure(reloaded, teacher, heldout, length)
@@ -153,6 +157,21 @@ def _machine(job: Conversion, recipe: Recipe, folder: RunFolder) -> Machine:
     """The machine; a resumed run keeps the precision it began with."""
     began = folder.facts().get("precision")
     return choose_machine(job.device, began or recipe.precision)
+
+
+def _check_stream(job: Conversion, recipe: Recipe) -> bool:
+    """Whether layers are streamed.
+
+    Raises:
+        RunError: they would be, and a stage trains them.
+    """
+    if job.stream_layers and recipe.needs_frozen_teacher:
+        raise RunError(
+            f"recipe {recipe.name} trains base weights; layers that train stay on the device",
+            place="--stream-layers",
+            remedy="Leave it out, or choose a recipe whose stages train mixers and adapters only.",
+        )
+    return job.stream_layers
 
 
 def _corpus(job: Conversion, recipe: Recipe, teacher: Teacher, console: Console) -> Corpus:
@@ -259,6 +278,7 @@ def _command(job: Conversion) -> str:
         words += ["--set", override]
     words += [] if job.targets is None else ["--targets", str(job.targets)]
     words += ["--compile"] if job.compile else []
+    words += ["--stream-layers"] if job.stream_layers else []
     return shlex.join([*words, "--out", str(job.out)])
 
 

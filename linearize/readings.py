@@ -83,12 +83,12 @@ def read_layers(grafted: Graft, input_ids_BT: Tensor) -> list[LayerReading]:
             teacher.observer = observer
     mixed = torch.autocast(input_ids_BT.device.type, torch.bfloat16, enabled=bool(grafted.raised))
     with mixed:  # base weights that train are fp32 then
-        return [_read(grafted.students[teacher.layer_idx], teacher, heads, y_BTHV) for teacher, heads, y_BTHV in seen]
+        return [_read(grafted, teacher, heads, y_BTHV) for teacher, heads, y_BTHV in seen]
 
 
-def _read(
-    student: StudentAttention, teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor
-) -> LayerReading:
+def _read(grafted: Graft, teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> LayerReading:
+    student = grafted.students[teacher.layer_idx]
+    grafted.hold(teacher.layer_idx)
     own = student.project(heads)
     student_BTHV, _ = student.mix(own)
     wrong_H = (student_BTHV.float() - teacher_BTHV.float()).square().sum((0, 1, 3))

@@ -17,6 +17,7 @@ from linearize.config import Config
 from linearize.errors import SurgeryError
 from linearize.families import ModelFamily, family_of
 from linearize.mixers import HeadShapes, MixerConfig, build_mixer
+from linearize.streaming import LayerStream
 
 
 class EveryNth(Config):
@@ -60,12 +61,30 @@ class Graft:
         teacher: a frozen graft of its own weights, where stages train base weights (`with_frozen_teacher`); None where
             `model` is the teacher when its students attend with softmax.
         raised: base weights that are fp32 for training, with the dtype they came in.
+        stream: brings the frozen weights of decoder layers to the device; None where all are there.
     """
 
     model: PreTrainedModel
     students: dict[int, StudentAttention]
     teacher: "Graft | None" = None
     raised: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)
+    stream: LayerStream | None = None
+
+    @property
+    def decoder_layers(self) -> list[nn.Module]:
+        """All of them, student or not."""
+        return list(decoder_layers(self.model))
+
+    def hold(self, layer: int) -> None:
+        """Have a layer's weights on the device, for who uses its parts without running it."""
+        if self.stream is not None:
+            self.stream.fetch(layer)
+
+    def leave_device(self) -> None:
+        """Bring a model whose layers are streamed together in host memory; any other stays where it is."""
+        if self.stream is not None:
+            self.stream.close()
+            nn.Module.to(self.model, "cpu")
 
     @property
     def observed(self) -> "Graft":
@@ -115,6 +134,25 @@ class Graft:
 def trunk_of(model: PreTrainedModel) -> nn.Module:
     """The decoder without the language-model head."""
     return model.get_submodule(family_of(base_model_type(model)).trunk)
+
+
+def decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
+    """The layers of the decoder, in order."""
+    layers = model.get_submodule(family_of(base_model_type(model)).layers)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def home_device(model: PreTrainedModel) -> torch.device:
+    """Where a model computes; layers that are streamed lie elsewhere in between."""
+    device = model.get_input_embeddings().weight.device
+    assert isinstance(device, torch.device)
+    return device
+
+
+def stream_layers(model: PreTrainedModel, device: torch.device) -> LayerStream:
+    """Stream a frozen model's decoder layers to `device`, from before surgery on; all else moves there."""
+    return LayerStream(model, list(decoder_layers(model)), device)
 
 
 def with_frozen_teacher(grafted: Graft) -> Graft:
@@ -202,8 +240,7 @@ def plan_surgery(model: PreTrainedModel, mixer: MixerConfig, keep_softmax: KeepS
         SurgeryError: listing every misfit of every layer; or when nothing would be replaced.
     """
     family = family_of(base_model_type(model))
-    layers = model.get_submodule(family.layers)
-    assert isinstance(layers, nn.ModuleList)
+    layers = decoder_layers(model)
     keep = layers_to_keep(keep_softmax, len(layers))
     swaps: list[Swap] = []
     misfits: list[str] = []
@@ -236,13 +273,12 @@ def plan_surgery(model: PreTrainedModel, mixer: MixerConfig, keep_softmax: KeepS
 def graft(model: PreTrainedModel, plan: tuple[Swap, ...]) -> Graft:
     """Carry out a plan: put a StudentAttention, in student mode, in the place of each planned attention module.
 
-    Mixers are made in fp32 on the device of the layer. An empty plan changes no output.
+    Mixers are made in fp32 where the model computes. An empty plan changes no output.
     """
     students: dict[int, StudentAttention] = {}
     for swap in plan:
         attention = model.get_submodule(swap.path)
-        device = attention.get_submodule(swap.family.output).weight.device
-        with torch.device(device):  # type: ignore[arg-type]
+        with torch.device(home_device(model)):
             mixer = build_mixer(swap.mixer, swap.shapes)
         student = StudentAttention(attention, mixer.float(), swap.family, swap.shapes)
         model.set_submodule(swap.path, student)

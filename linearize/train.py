@@ -38,6 +38,7 @@ from linearize.checkpoint import (
     seed_all,
     set_rng_state,
 )
+from linearize.data.prefetch import MadeAhead
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
@@ -142,11 +143,15 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
     saver = _Saver(run, settings, list(parameters), optimizer, stage.course)
     throughput = Throughput()
 
-    with _interruptible() as interrupt, run.progress.stage(stage.name, config.steps, state.step) as progress:
+    with (
+        _interruptible() as interrupt,
+        MadeAhead(batches, device) as ahead,
+        run.progress.stage(stage.name, config.steps, state.step) as progress,
+    ):
         while not (state.finished or stage.course.finished or interrupt.signals):
             stage.course.before_step(state.step)
             started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
-            micro_batches, tokens = _forward_backward(stage, batches, state.micro_batches, accelerator, device)
+            micro_batches, tokens = _forward_backward(stage, ahead, state.micro_batches, accelerator, device)
             grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
             metrics, fault = fetch_means(micro_batches, grad_norm, state.micro_batches)  # the step's only sync
             if fault is not None:

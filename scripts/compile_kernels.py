@@ -44,6 +44,7 @@ from linearize_kernels import (
     rotary,
     windowed_linear_attention,
 )
+from linearize_kernels.distillation_loss import LossWeights, distillation_terms
 from linearize_kernels.gated_delta import gated_delta_rule
 from linearize_kernels.hedgehog_attention import Map
 from linearize_kernels.ssd import ssd
@@ -123,6 +124,13 @@ def _rotary(dtype: torch.dtype) -> list[Tensor]:
     return list(rotary(new(B, T, H, 64, dtype=dtype), new(B, T, G, 64, dtype=dtype), angle.cos(), angle.sin()))
 
 
+def _distillation(dtype: torch.dtype) -> list[Tensor]:
+    student, teacher = (new(T, 49152, dtype=dtype).detach() for _ in range(2))
+    mask = torch.ones(T, dtype=torch.bool)
+    distillation_terms(student, teacher, torch.zeros(T, dtype=torch.int64), mask, LossWeights(1.0, 0.5, 2.0))
+    return []
+
+
 def _steps() -> list[Tensor]:
     """One token after a state, which nobody differentiates."""
     with torch.no_grad():
@@ -155,6 +163,8 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "delta 64, fp32": lambda: _delta(64, FP32),
     "convolutions": lambda: _convolutions(BF16),
     "rotary": lambda: _rotary(BF16),
+    "distillation loss": lambda: _distillation(BF16),
+    "distillation loss, fp32": lambda: _distillation(FP32),
     "steps": _steps,
 }
 

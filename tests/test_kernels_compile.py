@@ -16,7 +16,7 @@ CASES = (
     ("hedgehog 64, all options",),
     ("exp 80",),
     ("decay per channel 64",),
-    ("window 64", "rotary", "convolutions", "steps"),
+    ("window 64", "rotary", "convolutions", "distillation loss", "steps"),
     ("delta 64", "ssd 128"),
 )
 

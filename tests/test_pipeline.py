@@ -91,6 +91,22 @@ def student(teacher_folder, text_file, tmp_path_factory):
     return convert(job, Console(quiet=True))
 
 
+def test_streamed_layers_make_the_same_student(student, teacher_folder, text_file, tmp_path):
+    overrides = (*SHORT, "keep_softmax=[1]")
+    job = Conversion(str(teacher_folder), out=tmp_path / "streamed", data=str(text_file), overrides=overrides)
+    streamed = convert(replace(job, device="cpu", stream_layers=True), Console(quiet=True))
+    assert "--stream-layers" in json.loads((streamed.folder / "metrics.json").read_text())["command"]
+    found = [(run.teacher, run.untrained, run.student) for run in (student, streamed)]
+    assert found[0] == found[1]
+
+
+def test_streamed_layers_do_not_train(teacher_folder, text_file, tmp_path):
+    overrides = (*SHORT, "stages.1.train=[mixer, norms]", "stages.1.lora=null")
+    job = Conversion(str(teacher_folder), out=tmp_path / "streamed", data=str(text_file), overrides=overrides)
+    with pytest.raises(RunError, match="--stream-layers: .*trains base weights"):
+        convert(replace(job, device="cpu", stream_layers=True), Console(quiet=True))
+
+
 def test_convert_writes_a_loadable_measured_student(student, teacher_folder):
     facts = json.loads((student.folder / "metrics.json").read_text())
     assert facts["model"] == str(teacher_folder)

@@ -1,6 +1,7 @@
 """Operations of linear-attention students. Pure tensor functions: no modules, no transformers."""
 
 from linearize_kernels.causal_conv import causal_conv, causal_convs
+from linearize_kernels.distillation_loss import LossWeights, distillation_terms
 from linearize_kernels.gated_linear_attention import Branch, LinearState, gated_linear_attention, linear_sums
 from linearize_kernels.hedgehog_attention import hedgehog_attention
 from linearize_kernels.rotary import rotary
@@ -17,10 +18,12 @@ __all__ = [
     "Branch",
     "Far",
     "LinearState",
+    "LossWeights",
     "Near",
     "Sinks",
     "causal_conv",
     "causal_convs",
+    "distillation_terms",
     "gated_linear_attention",
     "hedgehog_attention",
     "linear_sums",

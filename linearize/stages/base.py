@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
+import torch
 from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -209,11 +210,31 @@ class Stage(Protocol):
         ...
 
 
-def run_trunk(model: PreTrainedModel, batch: Batch) -> Tensor:
-    """Final hidden states [B, T, D] of the decoder without its head, in the model's present mode."""
+def softmax_mask(model: PreTrainedModel, batch: Batch) -> Tensor | None:
+    """Which keys softmax layers see in packed rows, bool [B, 1, T, T]; None leaves it to transformers.
+
+    Left to itself transformers compares positions on the GPU, fetches the answer to the CPU, which waits for all that
+    was launched, and makes this mask once for every pass. Rows of one document leave it that look: their attention is
+    plainly causal, and its fastest kernel takes no mask.
+    """
+    if batch.segments_BT is None or model.config._attn_implementation != "sdpa":
+        return None
+    segments_BT, length = batch.segments_BT, batch.segments_BT.shape[1]
+    causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril_()
+    return ((segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT)[:, None]
+
+
+def run_trunk(model: PreTrainedModel, batch: Batch, mask_B1TT: Tensor | None = None) -> Tensor:
+    """Final hidden states [B, T, D] of the decoder without its head, in the model's present mode.
+
+    Args:
+        mask_B1TT: what `softmax_mask` gives for this batch, for all passes over it.
+    """
+    packed = batch.segments_BT is not None
     output = trunk_of(model)(
         input_ids=batch.input_ids_BT,
-        position_ids=batch.position_ids_BT,
+        position_ids=batch.position_ids_BT if packed else None,  # None: 0 to T - 1
+        attention_mask=mask_B1TT,
         use_cache=False,
         segments_BT=batch.segments_BT,
     )

@@ -7,6 +7,7 @@ base weights, it is the frozen copy that was made before the first of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -14,14 +15,15 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from linearize.adapters import LoraSettings, add_lora, lora_off
+from linearize.adapters import LoraSettings, adapters_off, add_lora, lora_layers
 from linearize.config import Number
-from linearize.errors import RecipeError
+from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
 from linearize.losses import DistillationWeights, Heads, distillation_loss
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.course import SteadyCourse
 from linearize.stages.parts import Part, trained_parameters
+from linearize.streaming import recompute
 from linearize.surgery import Graft
 from linearize.topk import TopK, top_k, topk_distillation_loss
 
@@ -38,6 +40,9 @@ class DistilConfig(StageConfig):
     temperature: Number = Field(1.0, gt=0)
     top_k: int | None = Field(
         None, ge=1, description="learn from the teacher's k likeliest tokens and the rest as one; null = from all"
+    )
+    checkpoint_activations: bool | Literal["auto"] = Field(
+        "auto", description="compute decoder layers again in the backward pass; auto: where layers are streamed"
     )
     lora: LoraSettings | None = Field(None, description="of the adapters; their defaults where `train` names lora")
 
@@ -84,15 +89,24 @@ class Distil:
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
         if config.lora is not None:
             add_lora(graft.model, config.lora)
+        if graft.stream is not None and config.checkpoint_activations is False:
+            raise RunError(
+                "streamed layers are not on the device when their gradients are computed, unless they are recomputed",
+                place="checkpoint_activations: false",
+                remedy="Leave it out of the stage, or do not stream layers.",
+            )
+        self._adapted = lora_layers(graft.model)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
+        mask_B1TT = softmax_mask(self.graft.model, batch)
         if self.config.top_k is not None and batch.teacher is None:
-            batch = replace(batch, teacher=self.targets(batch))
-        teacher_BTD = self._teacher_hidden(batch) if batch.teacher is None else None
-        student_LD = run_trunk(self.graft.model, batch).flatten(0, 1)
+            batch = replace(batch, teacher=self._targets(batch, mask_B1TT))
+        teacher_BTD = self._teacher_hidden(batch, mask_B1TT) if batch.teacher is None else None
+        with self._recompute():
+            student_LD = run_trunk(self.graft.model, batch, mask_B1TT).flatten(0, 1)
         next_L, mask_L = batch.input_ids_BT.roll(-1, dims=1).flatten(), batch.target_mask_BT.flatten()
         if teacher_BTD is not None:
             goal_LD = teacher_BTD.flatten(0, 1)
@@ -104,24 +118,34 @@ class Distil:
         backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
 
-    @torch.no_grad()
+    def _recompute(self) -> AbstractContextManager[None]:
+        """The student's pass keeps what its backward pass needs, or only the layers' inputs."""
+        stream, asked = self.graft.stream, self.config.checkpoint_activations
+        if asked is True or (asked == "auto" and stream is not None):
+            return recompute(self.graft.decoder_layers, stream)
+        return nullcontext()
+
     def targets(self, batch: Batch) -> TopK:
         """What the teacher makes of a micro-batch, as far as `top_k` keeps it.
 
         Raises:
             RecipeError: the vocabulary is smaller.
         """
+        return self._targets(batch, softmax_mask(self.graft.model, batch))
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, mask_B1TT: Tensor | None) -> TopK:
         vocabulary: int = self.graft.model.config.vocab_size
         k = self.config.top_k
         assert k is not None
         if k > vocabulary:
             raise RecipeError(f"{k} is more than the vocabulary of {vocabulary} has", place="top_k")
-        return top_k(self._teacher_hidden(batch), self._heads().teacher, k, self.config.temperature)
+        return top_k(self._teacher_hidden(batch, mask_B1TT), self._heads().teacher, k, self.config.temperature)
 
     @torch.no_grad()
-    def _teacher_hidden(self, batch: Batch) -> Tensor:
-        with lora_off(self.graft.model), self.graft.as_teacher() as teacher:
-            return run_trunk(teacher, batch)
+    def _teacher_hidden(self, batch: Batch, mask_B1TT: Tensor | None) -> Tensor:
+        with adapters_off(self._adapted), self.graft.as_teacher() as teacher:
+            return run_trunk(teacher, batch, mask_B1TT)
 
     def _heads(self) -> Heads:
         """Of student and teacher over the vocabulary; one and the same while base weights are frozen."""

@@ -20,7 +20,7 @@ from linearize.attention import Observer, StudentAttention, full_precision, teac
 from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.curriculum import TransferCourse, error_name, parameters_by_layer
 from linearize.stages.forcing import StudentForcing
 from linearize.stages.parts import Part, trained_parameters
@@ -170,7 +170,7 @@ class Transfer:
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         losses: list[Tensor] = []
-        errors: dict[str, Tensor] = {}
+        errors: dict[str, Tensor] = {}  # of each layer, by the name of its metric
         layers = len(self.graft.students)
         forced, clean = self.course.draw_forced(), self._clean_goals(batch)
 
@@ -187,8 +187,9 @@ class Transfer:
             return answers.student.answer(answers.student_BTHV.detach()) if layer in forced else None
 
         self._run_teacher(batch, observe)
-        mean_error = torch.stack(list(errors.values())).mean()
-        return {"loss": torch.stack(losses).mean(), "error": mean_error, **errors}
+        error_N = torch.stack(list(errors.values()))
+        by_layer = dict(zip(errors, error_N.unbind(), strict=True))
+        return {"loss": torch.stack(losses).mean(), "error": error_N.mean(), **by_layer}
 
     def _run_teacher(self, batch: Batch, observe: Observer) -> None:
         """One forward of the teacher, without gradients; `observe` is called in every student layer's place."""
@@ -197,7 +198,7 @@ class Transfer:
             for teacher in observed:
                 teacher.observer = observe
             with torch.no_grad(), self.graft.as_teacher() as model:
-                run_trunk(model, batch)
+                run_trunk(model, batch, softmax_mask(model, batch))
         finally:
             for teacher in observed:
                 teacher.observer = None
@@ -230,5 +231,7 @@ class Transfer:
 
     def _loss(self, answers: LayerAnswers) -> Tensor:
         """The layer's objective."""
-        terms = [weight * OBJECTIVES[name].term(answers) for name, weight in self.config.objective.items() if weight]
-        return torch.stack(terms).sum()
+        first, *others = [
+            weight * OBJECTIVES[name].term(answers) for name, weight in self.config.objective.items() if weight
+        ]
+        return sum(others, start=first)
