@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,19 +32,15 @@ from linearize.train import FitSettings, Run, fit
 SHORT: dict[str, Any] = {"kind": "transfer", "tokens": 12 * 64, "batch": 4, "micro_batch": 2}
 
 
-@dataclass
-class Disturbed:
-    """Rows that spoil a layer's weights as they are read: what a bad batch would do, at a known place."""
+def disturb(stage: Transfer, first: int, before: Callable[[int], None]) -> None:
+    """Have `before` called with the number of each micro-batch, counted from `first`, right before it trains."""
+    number, plain = itertools.count(first), stage.train_micro_batch
 
-    rows: Any
-    spoil: Callable[[int], None]
+    def train_micro_batch(batch: Batch, backward: Callable[[Any], None]) -> Any:
+        before(next(number))
+        return plain(batch, backward)
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> Any:
-        self.spoil(index)
-        return self.rows[index]
+    stage.train_micro_batch = train_micro_batch  # type: ignore[method-assign]
 
 
 @dataclass
@@ -73,7 +70,7 @@ def train(
     tokens = np.random.default_rng(0).integers(2, 97, 4000).astype(np.int32)
     corpus = Corpus("text", "0", tokens, np.arange(0, 4000, 50), 1.0, {})
 
-    def disturb(index: int) -> None:
+    def before(index: int) -> None:
         if index == stop_at:
             raise KeyboardInterrupt
         spoil(stage, index)
@@ -90,8 +87,8 @@ def train(
             recipe_hash="recipe",
             corpus_fingerprint="0",
         )
-        batches = Disturbed(scheduled_rows(corpus, stage.config, 0, 0), disturb)
-        result = fit(stage, batches, run, FitSettings(save_every_steps=2))
+        disturb(stage, run.checkpoint.state.micro_batches if run.checkpoint else 0, before)
+        result = fit(stage, scheduled_rows(corpus, stage.config, 0, 0), run, FitSettings(save_every_steps=2))
     records = [
         {key: value for key, value in record.items() if key not in TIMING_FIELDS}
         for record in read_metrics(out / "metrics.jsonl")
