@@ -112,7 +112,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
         teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
-        plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+        plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
         check_stages(recipe.stages, plan)
         corpus = _corpus(job, recipe, teacher, console)
         heldout, length = _heldout(job, recipe, teacher, corpus)

@@ -71,9 +71,13 @@ def plan_report(plan: Plan) -> RenderableType:
             (
                 "Decoding state",
                 f"{_bytes(plan.state_bytes)} per sequence of any length; smaller than the keys and values it replaces "
-                f"({_bytes(plan.key_value_bytes)} per token, all layers) from {plan.crossover_tokens:,} tokens on",
+                f"({_bytes(plan.key_value_bytes)} per token) from {plan.crossover_tokens:,} tokens on",
             ),
         ]
+    if plan.sliding:
+        widths = ", ".join(f"{window:,}" for window in sorted(set(plan.sliding.values())))
+        kept = f"{_ranges(sorted(plan.sliding))}: they slide over {widths} tokens already"
+        rows.append(("Left softmax", f"{kept}; replace_sliding: true replaces them too"))
     if plan.teacher_bytes:
         rows.append(
             (
