@@ -15,8 +15,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from linearize.attention import StudentAttention, hand_padding_to_students, hand_to_attention
 from linearize.config import Config
-from linearize.errors import SurgeryError
-from linearize.families import Fused, ModelFamily, family_of
+from linearize.errors import SurgeryError, UnknownFamilyError, unknown_name
+from linearize.families import FAMILIES, NOT_TEXT, Fused, ModelFamily, family_of
+from linearize.families.inspection import propose
 from linearize.mixers import HeadShapes, MixerConfig, build_mixer
 
 
@@ -320,7 +321,18 @@ def _family_in(model: PreTrainedModel) -> ModelFamily:
             place=f"surgery on {config.model_type}",
             remedy="Use a decoder-only language model.",
         )
-    return family_of(base_model_type(model))
+    model_type = base_model_type(model)
+    if model_type in FAMILIES or model_type in NOT_TEXT:
+        return family_of(model_type)
+    found = propose(model)
+    unknown = ", ".join(found.unknown) or "nothing that its modules show"
+    raise UnknownFamilyError(
+        f"{unknown_name('model family', model_type, FAMILIES)} Not understood in this one: {unknown}.",
+        place="config.model_type",
+        remedy="`linearize plan` prints a description found by looking into the model; it goes into one file in "
+        "linearize/families/, and `linearize plan --audit` then checks it.",
+        proposal=found.text,
+    )
 
 
 def graft(model: PreTrainedModel, plan: tuple[Swap, ...]) -> Graft:

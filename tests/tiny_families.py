@@ -6,6 +6,7 @@ special for changes the logits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -118,3 +119,31 @@ class Exact(StudentMixer):
             score = torch.tanh(score / self.shapes.soft_cap) * self.shapes.soft_cap
         weight = score.masked_fill(~seen[:, None], -1e30).softmax(-1)
         return (weight @ v_BHSV).transpose(1, 2).to(heads.v_BTGV.dtype), after
+
+
+def ways_to_read(ids: Tensor) -> dict[str, dict[str, Tensor]]:
+    """Arguments that go with the same tokens: as they are, left-padded in the first row, two documents a row."""
+    mask = torch.ones_like(ids)
+    mask[0, :20] = 0
+    places = (mask.cumsum(-1) - 1).clamp_min(0)
+    packed = torch.cat([torch.arange(40), torch.arange(ids.shape[1] - 40)]).expand_as(ids)
+    return {"plain": {}, "padded": {"attention_mask": mask, "position_ids": places}, "packed": {"position_ids": packed}}
+
+
+@torch.no_grad()
+def read_in_all_ways(model: PreTrainedModel, ids: Tensor) -> dict[str, Tensor]:
+    """Logits [N, V] of the real tokens, by way of reading."""
+    found = {}
+    for way, arguments in ways_to_read(ids).items():
+        real = arguments.get("attention_mask", torch.ones_like(ids)).bool()
+        found[way] = model(ids, use_cache=False, **arguments).logits[real]
+    return found
+
+
+def difference_of_ways(model: PreTrainedModel, change: Callable[[], object]) -> float:
+    """Largest difference of logits before and after `change`, in all ways of reading 2 rows of 90 tokens."""
+    ids = torch.randint(2, VOCABULARY, (2, 90), generator=torch.Generator().manual_seed(0))
+    before = read_in_all_ways(model, ids)
+    change()
+    after = read_in_all_ways(model, ids)
+    return max(float((after[way] - before[way]).abs().max()) for way in before)

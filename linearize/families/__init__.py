@@ -20,7 +20,7 @@ from linearize.families.qwen3_moe import QWEN3_MOE
 from linearize.families.smollm3 import SMOLLM3
 from linearize.families.stablelm import STABLELM
 
-__all__ = ["FAMILIES", "Fused", "ModelFamily", "QueryKeyNorm", "Split", "Window", "family_of"]
+__all__ = ["FAMILIES", "NOT_TEXT", "Fused", "ModelFamily", "QueryKeyNorm", "Split", "Window", "family_of"]
 
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
@@ -63,7 +63,6 @@ def family_of(model_type: str) -> ModelFamily:
         raise SurgeryError(
             unknown_name("model family", model_type, FAMILIES),
             place="config.model_type",
-            remedy="`linearize plan` looks into the model and proposes a description; a family is one file in "
-            "linearize/families/.",
+            remedy="A family is added as one file in linearize/families/.",
         )
     return FAMILIES[model_type]

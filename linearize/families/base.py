@@ -165,3 +165,10 @@ class ModelFamily:
         """Everything of an attention module that this description accounts for; anything else is a misfit."""
         norms = () if self.norm is None else (self.norm.query, self.norm.key)
         return *self.submodules, *norms, *self.idle
+
+    @property
+    def checked(self) -> tuple[str, ...]:
+        """What is read or checked before surgery, in words: modules, then numbers of the configuration."""
+        window = None if self.window is None else self.window.size
+        numbers = (self.key_heads, self.rope_layers, self.soft_cap, window)
+        return *(name for name in self.pieces if name not in self.idle), *(name for name in numbers if name is not None)
