@@ -170,12 +170,15 @@ def heads_of(family: ModelFamily, config: PreTrainedConfig) -> tuple[int, int]:
 
 
 def window_of(family: ModelFamily, config: PreTrainedConfig, layer: int) -> int | None:
-    """The sliding window of a layer's softmax; None where it sees every token before it."""
+    """The sliding window of a layer's softmax; None where it sees every token before it.
+
+    A window that holds the longest sequence is none: Phi-4 mini has one of 262,144 tokens.
+    """
     if family.window is None:
         return None
     window: int | None = getattr(config, family.window.size)
     slides = family.window.layers == "all" or config.layer_types[layer] == "sliding_attention"
-    return window if slides else None
+    return window if slides and window is not None and window < config.max_position_embeddings else None
 
 
 def sliding_layers(model: PreTrainedModel) -> dict[int, int]:

@@ -75,6 +75,9 @@ def plan_report(plan: Plan) -> RenderableType:
                 f"({_bytes(plan.key_value_bytes)} per token) from {plan.crossover_tokens:,} tokens on",
             ),
         ]
+        if shapes.soft_cap is not None:
+            cap = f"the teacher caps them at {shapes.soft_cap:g} by tanh; no mixer does"
+            rows.append(("Scores", cap))
     if plan.sliding:
         widths = ", ".join(f"{window:,}" for window in sorted(set(plan.sliding.values())))
         kept = f"{_ranges(sorted(plan.sliding))}: they slide over {widths} tokens already"
