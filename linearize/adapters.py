@@ -12,9 +12,12 @@ from peft.tuners.lora import LoraLayer
 from pydantic import Field
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from linearize.config import Config, Number
 from linearize.errors import RecipeError
+from linearize.families import ModelFamily, family_of
+from linearize.surgery import base_model_type
 
 ADAPTER = "student"
 
@@ -25,7 +28,19 @@ class LoraSettings(Config):
     r: int = Field(8, ge=1)
     alpha: Number = Field(16, gt=0)
     dropout: Number = Field(0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = Field(("q_proj", "k_proj", "v_proj", "o_proj"), min_length=1)
+    targets: tuple[str, ...] = Field(
+        ("attention",),
+        min_length=1,
+        description="attention, mlp (the family's own projections there), or names of modules",
+    )
+
+    def names_in(self, family: ModelFamily) -> tuple[str, ...]:
+        """Ends of module names; `attention` and `mlp` spelled out as the family calls them."""
+        words = {
+            "attention": tuple(f"{family.attention}.{name}" for name in family.submodules),
+            "mlp": family.mlp,
+        }
+        return tuple(name for target in self.targets for name in words.get(target, (target,)))
 
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
@@ -50,20 +65,25 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     if lora_layers(model):
         _check_same(model, settings)
         return
+    targets = settings.names_in(family_of(base_model_type(model)))
     head = model.get_output_embeddings()
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    leaves = {name.rpartition(".")[2] for name, module in linears.items() if module is not head}
-    unknown = [target for target in settings.targets if target not in leaves]
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unknown:
+        leaves = sorted({name.rpartition(".")[2] for name in names})
         raise RecipeError(
-            f"no projection is called {', '.join(unknown)}; this model has {', '.join(sorted(leaves))}",
+            f"no projection is called {', '.join(unknown)}; this model has {', '.join(leaves)}",
             place="lora.targets",
+            remedy="`attention` and `mlp` stand for the projections there, whatever a family calls them.",
         )
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
         lora_dropout=settings.dropout,
-        target_modules=list(settings.targets),
+        target_modules=list(targets),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     inject_adapter_in_model(config, model, adapter_name=ADAPTER)
     device = model.get_input_embeddings().weight.device  # the layer's own weights may be in host memory (streaming)
@@ -81,7 +101,8 @@ def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:
         dropout=config.lora_dropout,
         targets=tuple(sorted(config.target_modules or ())),
     )
-    if made != settings.model_copy(update={"targets": tuple(sorted(set(settings.targets)))}):
+    targets = settings.names_in(family_of(base_model_type(model)))
+    if made != settings.model_copy(update={"targets": tuple(sorted(set(targets)))}):
         raise RecipeError(
             f"the model has adapters of an earlier stage with other settings: {made}",
             place="lora",
@@ -119,7 +140,7 @@ def merge_lora(model: nn.Module) -> int:
             continue
         base = module.get_base_layer()
         assert isinstance(module, LoraLinear)  # `add_lora` adapts nothing else
-        assert isinstance(base, nn.Linear)
+        assert isinstance(base, (nn.Linear, Conv1D))
         delta = module.get_delta_weight(ADAPTER)
         with torch.no_grad():
             base.weight.copy_((base.weight.float() + delta.float()).to(base.weight.dtype))

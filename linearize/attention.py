@@ -10,7 +10,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from inspect import signature
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,9 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from linearize.cache import student_layer
 from linearize.families import ModelFamily
+from linearize.families.base import NORMS
 from linearize.mixers import HeadInputs, HeadShapes, MixerState, Rope, StudentMixer
+from linearize.mixers.timeline import positions
 
 Mix = Callable[[HeadInputs, MixerState | None], tuple[Tensor, MixerState]]
 
@@ -29,6 +31,15 @@ Observer = Callable[["StudentAttention", HeadInputs, Tensor], Tensor | None]
 
 What it returns, [B, T, D], goes on to the layers above in place of the layer's answer; None leaves that as it is.
 """
+
+
+class Given(NamedTuple):
+    """What Hugging Face hands to an attention module, as far as a student reads it."""
+
+    x_BTD: Tensor
+    position_embeddings: tuple[Tensor, Tensor] | None
+    padding_mask_BT: Tensor | None
+    segments_BT: Tensor | None
 
 
 class StudentAttention(nn.Module):
@@ -44,9 +55,12 @@ class StudentAttention(nn.Module):
             self.add_module(name, child)
         self.mixer = mixer
         self.family, self.shapes = family, shapes
+        found = family.norm is not None and family.norm.query in dict(attention.named_children())
+        self._norm = family.norm if found else None  # `find_misfits` saw that it is there where it must be
         self.layer_idx: int = attention.layer_idx  # type: ignore[assignment]
         self.mode: Literal["student", "teacher"] = "student"
         self.observer: Observer | None = None
+        self.handed: tuple[Tensor | None, Tensor | None] = (None, None)  # of layers that do not hand on arguments
         self._compiled: Mix | None = None
         self.train(attention.training)
         attention.training = False  # a teacher does not drop out; train() of the model no longer reaches it
@@ -55,26 +69,19 @@ class StudentAttention(nn.Module):
     def forward(
         self,
         hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
         padding_mask_BT: Tensor | None = None,
         segments_BT: Tensor | None = None,
-        **kwargs: Any,
+        **arguments: Any,
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend as student or as teacher; arguments beyond the named ones are HF's and only the teacher reads them."""
+        """Attend as student or as teacher; the teacher gets HF's `arguments` as they came."""
+        if not self.family.hands_on:
+            padding_mask_BT, segments_BT = self.handed
+        given = Given(hidden_states, arguments.get("position_embeddings"), padding_mask_BT, segments_BT)
         if self.mode == "teacher":
-            arguments = {
-                "hidden_states": hidden_states,
-                "position_embeddings": position_embeddings,
-                "attention_mask": attention_mask,
-                "past_key_values": past_key_values,
-                **kwargs,
-            }
-            return self._attend_as_teacher(arguments, padding_mask_BT, segments_BT)
-        projections = [self.get_submodule(name)(hidden_states) for name in self._projections()]
-        heads = self._heads(hidden_states, projections, position_embeddings, padding_mask_BT, segments_BT)
-        layer = None if past_key_values is None else student_layer(past_key_values, self.layer_idx)
+            return self._attend_as_teacher(given, arguments)
+        heads = self._heads(given, [self.get_submodule(name)(hidden_states) for name in self._projections()])
+        cache: Cache | None = arguments.get(self.family.cache)
+        layer = None if cache is None else student_layer(cache, self.layer_idx)
         mixed_BTHV, state = self.mix(heads, None if layer is None else layer.state)
         if layer is not None:
             layer.write(state, hidden_states.shape[1])
@@ -108,57 +115,44 @@ class StudentAttention(nn.Module):
         answer_BTD: Tensor = self._softmax[0].get_submodule(self.family.output)(mixed_BTHV.flatten(2))
         return answer_BTD
 
-    def _attend_as_teacher(
-        self, arguments: dict[str, Any], padding_mask_BT: Tensor | None, segments_BT: Tensor | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend_as_teacher(self, given: Given, arguments: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Run the teacher's own module; with an observer, show it the heads and the mixed values of this very run."""
         (softmax,) = self._softmax
         if self.observer is None:
-            return softmax(**arguments)
+            return softmax(given.x_BTD, **arguments)
         with _captured(softmax, self._projections(), self.family.output) as seen:
-            result = softmax(**arguments)
-        heads = self._heads(
-            arguments["hidden_states"],
-            [seen[name] for name in self._projections()],
-            arguments["position_embeddings"],
-            padding_mask_BT,
-            segments_BT,
-        )
+            result = softmax(given.x_BTD, **arguments)
+        heads = self._heads(given, [seen[name] for name in self._projections()])
         mixed_BTHV = seen[self.family.output].unflatten(-1, (self.shapes.query_heads, self.shapes.value_width))
         instead_BTD = self.observer(self, heads, mixed_BTHV)
         return result if instead_BTD is None else (instead_BTD, *result[1:])
 
-    def _projections(self) -> tuple[str, str, str]:
-        return self.family.query, self.family.key, self.family.value
+    def _projections(self) -> tuple[str, ...]:
+        return self.family.projections.names
 
-    def _heads(
-        self,
-        x_BTD: Tensor,
-        projections: list[Tensor],
-        position_embeddings: tuple[Tensor, Tensor] | None,
-        padding_mask_BT: Tensor | None,
-        segments_BT: Tensor | None,
-    ) -> HeadInputs:
+    def _heads(self, given: Given, projections: list[Tensor]) -> HeadInputs:
         q_BTHK, k_BTGK, v_BTGV = self._split(projections)
+        rope = given.position_embeddings if self.shapes.rotates else None
+        mask_BT = given.padding_mask_BT
         return HeadInputs(
-            x_BTD=x_BTD,
+            x_BTD=given.x_BTD,
             q_BTHK=q_BTHK,
             k_BTGK=k_BTGK,
             v_BTGV=v_BTGV,
-            rope=None if position_embeddings is None else Rope(*position_embeddings),
-            mask_BT=None if padding_mask_BT is None else padding_mask_BT[:, -x_BTD.shape[1] :].bool(),
-            segments_BT=segments_BT,
+            rope=None if rope is None else Rope(*rope),
+            mask_BT=None if mask_BT is None else mask_BT[:, -given.x_BTD.shape[1] :].bool(),
+            segments_BT=given.segments_BT,
         )
 
     def _split(self, projections: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """What q, k, v projections return, as heads."""
-        q, k, v = projections
-        shapes = self.shapes
-        return (
-            q.unflatten(-1, (shapes.query_heads, shapes.key_width)),
-            k.unflatten(-1, (shapes.key_heads, shapes.key_width)),
-            v.unflatten(-1, (shapes.key_heads, shapes.value_width)),
-        )
+        """What the projections return, as heads; queries and keys normalised where the teacher does."""
+        q_BTHK, k_BTGK, v_BTGV = self.family.projections.heads(projections, self.shapes)
+        norm = self._norm
+        if norm is not None:
+            apply = NORMS[norm.over]
+            q_BTHK = apply(self.get_submodule(norm.query), q_BTHK)
+            k_BTGK = apply(self.get_submodule(norm.key), k_BTGK)
+        return q_BTHK, k_BTGK, v_BTGV
 
 
 def full_precision(device: torch.device) -> torch.autocast:
@@ -227,15 +221,33 @@ def _default_use_cache(trunk: nn.Module) -> bool:
     return use_cache
 
 
-def teacher_rows(heads: HeadInputs, scaling: float) -> Callable[[int, int], Tensor]:
+def hand_to_attention(path: str, layer: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Forward pre-hook of a decoder layer that does not hand on arguments which it does not know.
+
+    On the layer, not on the trunk: gradient checkpointing calls the layer again, with the same arguments.
+    """
+    student = layer.get_submodule(path)
+    assert isinstance(student, StudentAttention)
+    student.handed = kwargs["padding_mask_BT"], kwargs["segments_BT"]
+
+
+def teacher_rows(heads: HeadInputs, shapes: HeadShapes) -> Callable[[int, int], Tensor]:
     """The teacher's softmax attention weights [B, H, stop - start, T] by query rows, recomputed in fp32."""
-    assert heads.rope is not None
     groups = heads.q_BTHK.shape[2] // heads.k_BTGK.shape[2]
-    q_BTHK = heads.rope.rotate(heads.q_BTHK).float()
-    k_BTHK = heads.rope.rotate(heads.k_BTGK).float().repeat_interleave(groups, dim=2)
+    q_BTHK, k_BTHK = heads.q_BTHK, heads.k_BTGK
+    if heads.rope is not None:
+        q_BTHK, k_BTHK = heads.rope.rotate(q_BTHK), heads.rope.rotate(k_BTHK)
+    q_BTHK, k_BTHK = q_BTHK.float(), k_BTHK.float().repeat_interleave(groups, dim=2)
+    position_BT = positions(heads)
 
     def rows(start: int, stop: int) -> Tensor:
-        score_BHRT = torch.einsum("bihk,bjhk->bhij", q_BTHK[:, start:stop], k_BTHK) * scaling
-        return score_BHRT.masked_fill(~heads.seen(start, stop), float("-inf")).softmax(-1)
+        score_BHRT = torch.einsum("bihk,bjhk->bhij", q_BTHK[:, start:stop], k_BTHK) * shapes.scaling
+        if shapes.soft_cap is not None:
+            score_BHRT = (score_BHRT / shapes.soft_cap).tanh() * shapes.soft_cap
+        seen = heads.seen(start, stop)
+        if shapes.window is not None:
+            near_BRT = position_BT[:, start:stop, None] - position_BT[:, None] < shapes.window
+            seen = seen & near_BRT[:, None]
+        return score_BHRT.masked_fill(~seen, float("-inf")).softmax(-1)
 
     return rows

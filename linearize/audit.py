@@ -86,11 +86,7 @@ def _heads(grafted: Graft) -> dict[str, str]:
     """What the projections and the configuration say."""
     student = next(iter(grafted.students.values()))
     family = student.family
-    biased = [
-        name
-        for name in (family.query, family.key, family.value, family.output)
-        if getattr(student.get_submodule(name), "bias", None) is not None
-    ]
+    biased = [name for name in family.submodules if getattr(student.get_submodule(name), "bias", None) is not None]
     norms = [name for name, _ in student.named_children() if "norm" in name]
     config = grafted.model.config
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}

@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
-from linearize.commands import recipes, targets
+from linearize.commands import families, recipes, targets
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -25,7 +25,7 @@ from linearize.commands.options import (
     log_console,
     out_console,
 )
-from linearize.errors import LinearizeError, RunInterrupted
+from linearize.errors import LinearizeError, RunInterrupted, UnknownFamilyError
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 app.command("cache-targets")(targets.cache_targets)
+app.command("families")(families.list_families)
 
 
 @app.command()
@@ -125,7 +126,11 @@ def plan(
     from linearize.tables import plan_report
 
     checked = load_recipe(recipe, overrides or (), tokens)
-    found = plan_conversion(model, checked, device, audited=audit or text is not None, text=text)
+    try:
+        found = plan_conversion(model, checked, device, audited=audit or text is not None, text=text)
+    except UnknownFamilyError as error:
+        out_console.print(error.proposal, markup=False, highlight=False)
+        raise
     out_console.print(plan_report(found))
     raise typer.Exit(1 if found.audit is not None and found.audit.misread else 0)
 

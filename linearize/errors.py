@@ -33,6 +33,14 @@ class SurgeryError(LinearizeError):
     """A model that the planned surgery does not fit."""
 
 
+class UnknownFamilyError(SurgeryError):
+    """A model of a family that nobody has described; `proposal` is what looking into it found, for people to read."""
+
+    def __init__(self, problem: str, *, place: str, remedy: str, proposal: str) -> None:
+        super().__init__(problem, place=place, remedy=remedy)
+        self.proposal = proposal
+
+
 class DataError(LinearizeError):
     """Text that cannot be read, or that is too little."""
 

@@ -12,11 +12,15 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import (
+    get_checkpoint_conversion_mapping,
+    register_checkpoint_conversion_mapping,
+)
 
 from linearize.errors import SurgeryError
 from linearize.families import FAMILIES, ModelFamily
 from linearize.mixers import MixerConfig, StudentMixer, mixer_config
-from linearize.surgery import STUDENT_PREFIX, graft, plan_surgery
+from linearize.surgery import STUDENT_PREFIX, graft, plan_surgery, window_of
 
 STUDENT_LAYER_TYPE = "hybrid"
 """The `layer_types` entry of student layers. transformers accepts fixed names only; with `linear_attention` in every
@@ -36,17 +40,24 @@ def student_config(teacher: PretrainedConfig, mixer: MixerConfig, layers: tuple[
     values = teacher.to_dict()
     for key in ("model_type", "architectures", "transformers_version", "quantization_config", "auto_map"):
         values.pop(key, None)
-    kept: list[str] | None = values.get("layer_types")
-    count: int = values["num_hidden_layers"]
-    values["layer_types"] = [
-        STUDENT_LAYER_TYPE if index in layers else ("full_attention" if kept is None else kept[index])
-        for index in range(count)
-    ]
+    values["layer_types"] = _layer_types(teacher, layers)
     values["linearize"] = surgery_entry(mixer, layers)
     config_class = STUDENT_CLASSES[teacher.model_type][0]
     config = config_class(**values)
     config.architectures = [STUDENT_CLASSES[teacher.model_type][1].__name__]
     return config
+
+
+def _layer_types(teacher: PretrainedConfig, layers: tuple[int, ...]) -> list[str]:
+    """Of a student whose `layers` are replaced. Where the trunk picks masks or RoPE by them, they stay as they are."""
+    family = FAMILIES[teacher.model_type]
+    if family.reads_layer_types:
+        return list(teacher.layer_types)
+    kept = [
+        "full_attention" if window_of(family, teacher, index) is None else "sliding_attention"
+        for index in range(teacher.num_hidden_layers)
+    ]
+    return [STUDENT_LAYER_TYPE if index in layers else kind for index, kind in enumerate(kept)]
 
 
 def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
@@ -72,14 +83,14 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
             place="config.json, linearize.layers",
         )
     kept = tuple(index for index in range(len(layers)) if index not in entry["layers"])
-    graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept))
+    graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept, replace_sliding=True))
 
 
 def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
     """Subclasses of the family's own config and language model."""
     base_config: type[PretrainedConfig] = _lazy(family.config_class)
     base_model: type[PreTrainedModel] = _lazy(family.causal_lm)
-    stem = family.causal_lm.removesuffix("ForCausalLM")
+    stem = family.causal_lm.removesuffix("ForCausalLM").removesuffix("LMHeadModel")
     model_type = STUDENT_PREFIX + family.model_type
 
     config_class = type(
@@ -110,6 +121,8 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
                 if isinstance(module, StudentMixer):
                     _start_missing(module)
 
+    if family.soft_cap is not None:  # sdpa has no cap, which transformers before 5.23 did not say; then remove
+        Linearized._supports_sdpa = False
     Linearized.config_class = config_class
     Linearized.__name__ = Linearized.__qualname__ = f"Linearized{stem}ForCausalLM"
     Linearized.__doc__ = f"{family.causal_lm} whose layers listed in `config.linearize` are linear-attention students."
@@ -136,3 +149,7 @@ for _config_class, _model_class in STUDENT_CLASSES.values():
     globals()[_config_class.__name__], globals()[_model_class.__name__] = _config_class, _model_class
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)
+
+for _family in FAMILIES.values():
+    if _mapping := get_checkpoint_conversion_mapping(_family.model_type):  # experts are stored one by one
+        register_checkpoint_conversion_mapping(STUDENT_PREFIX + _family.model_type, _mapping, overwrite=True)

@@ -119,7 +119,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         stream = _check_stream(job, recipe)
         teacher = load_teacher(job.model, dtype=machine.dtype, device="cpu" if stream else machine.device)
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
-        plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+        plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
         check_stages(recipe.stages, plan)
         corpus = _corpus(job, recipe, teacher, console)
         heldout, length = _heldout(job, recipe, teacher, corpus)

@@ -13,7 +13,7 @@ from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages
 from linearize.stages.base import Piece
-from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
+from linearize.surgery import Graft, Swap, graft, plan_surgery, sliding_layers, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
 
 MINUTES = 15
@@ -56,8 +56,9 @@ class Plan:
     recipe: Recipe
     machine: Machine
     layers: int
+    sliding: dict[int, int]  # layers that stay softmax because it slides already -> their windows
     swaps: tuple[Swap, ...]
-    key_value_bytes: int  # of the teacher's cache, per token and sequence
+    key_value_bytes: int  # of the teacher's cache, per token and sequence, in the layers that are replaced
     teacher_bytes: int  # of the frozen second copy; 0 where the student's own weights are the teacher's
     stages: list[StageCost]
     audit: Audit | None = None
@@ -75,8 +76,7 @@ class Plan:
     @property
     def crossover_tokens(self) -> int:
         """Length from which that state is smaller than the keys and values of the layers it replaces."""
-        replaced = self.key_value_bytes * len(self.swaps) / self.layers
-        return round(self.state_bytes / replaced) if replaced else 0
+        return round(self.state_bytes / self.key_value_bytes) if self.key_value_bytes else 0
 
     @property
     def tokens_in_time(self) -> int:
@@ -102,13 +102,15 @@ def plan_conversion(
     """
     machine = choose_machine(device, recipe.precision)
     teacher = load_teacher(model, dtype=machine.dtype, device=machine.device)
-    swaps = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+    swaps = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
+    replaced = {swap.layer for swap in swaps}
+    sliding = {layer: window for layer, window in sliding_layers(teacher.model).items() if layer not in replaced}
     check_stages(recipe.stages, swaps)
-    config = teacher.model.config
-    layers: int = config.num_hidden_layers
-    head_dim: int = config.head_dim
+    layers: int = teacher.model.config.num_hidden_layers
     element = torch.finfo(machine.dtype).bits // 8
-    key_value_bytes = 2 * layers * config.num_key_value_heads * head_dim * element
+    key_value_bytes = sum(
+        swap.shapes.key_heads * (swap.shapes.key_width + swap.shapes.value_width) * element for swap in swaps
+    )
     grafted = graft(teacher.model, swaps)
     teacher_bytes = 0
     if recipe.needs_frozen_teacher:
@@ -116,7 +118,7 @@ def plan_conversion(
         teacher_bytes = sum(p.numel() * p.element_size() for p in grafted.observed.model.parameters())
     found = audit(grafted, teacher.tokenizer, text) if audited else None
     costs = [_cost(stage, grafted, machine) for stage in recipe.stages]
-    return Plan(teacher, recipe, machine, layers, swaps, key_value_bytes, teacher_bytes, costs, found)
+    return Plan(teacher, recipe, machine, layers, sliding, swaps, key_value_bytes, teacher_bytes, costs, found)
 
 
 def _cost(config: StageConfig, grafted: Graft, machine: Machine) -> StageCost:

@@ -95,7 +95,7 @@ def _read(grafted: Graft, teacher: StudentAttention, heads: HeadInputs, teacher_
     size_H = teacher_BTHV.float().square().sum((0, 1, 3)).clamp_min(torch.finfo(torch.float32).tiny)
     with full_precision(teacher_BTHV.device):
         found = student.mixer.readings(own)
-        weights = teacher_rows(heads, teacher.shapes.scaling)(0, teacher_BTHV.shape[1])
+        weights = teacher_rows(heads, teacher.shapes)(0, teacher_BTHV.shape[1])
         group = teacher.shapes.query_heads // teacher.shapes.key_heads
         values_BTHV = heads.v_BTGV.float().repeat_interleave(group, dim=2)
         again_BTHV = torch.einsum("bhij,bjhv->bihv", weights, values_BTHV)

@@ -39,6 +39,7 @@ class Recipe(Config):
     paper: str = ""
     mixer: SerializeAsAny[MixerConfig]
     keep_softmax: KeepSoftmax = "none"
+    replace_sliding: bool = Field(False, description="also replace layers whose softmax slides over a window already")
     stages: tuple[SerializeAsAny[StageConfig], ...] = Field(min_length=1)
     data: str | None = Field("HuggingFaceFW/fineweb-edu:sample-10BT", description="Hub data set without --data")
     heldout_tokens: TokenCount = Field(8192, gt=0, description="tokens kept aside to measure on (per source of a file)")

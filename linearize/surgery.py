@@ -6,16 +6,18 @@ import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from linearize.attention import StudentAttention, hand_padding_to_students
+from linearize.attention import StudentAttention, hand_padding_to_students, hand_to_attention
 from linearize.config import Config
-from linearize.errors import SurgeryError
-from linearize.families import ModelFamily, family_of
+from linearize.errors import SurgeryError, UnknownFamilyError, unknown_name
+from linearize.families import FAMILIES, NOT_TEXT, Fused, ModelFamily, family_of
+from linearize.families.inspection import propose
 from linearize.mixers import HeadShapes, MixerConfig, build_mixer
 from linearize.streaming import LayerStream
 
@@ -191,61 +193,129 @@ def layers_to_keep(keep: KeepSoftmax, layers: int) -> frozenset[int]:
     return frozenset(keep)
 
 
-def head_shapes(attention: nn.Module, family: ModelFamily, config: object) -> HeadShapes:
-    """Sizes read off the projections themselves: head_dim may differ from hidden / heads."""
-    heads: int = config.num_attention_heads  # type: ignore[attr-defined]
-    key_heads: int = config.num_key_value_heads  # type: ignore[attr-defined]
-    query, value = attention.get_submodule(family.query), attention.get_submodule(family.value)
+def sizes_of(projection: nn.Module, family: ModelFamily) -> tuple[int, int]:
+    """Columns and rows of a projection: what it takes and what it returns."""
+    names = {"Linear": ("in_features", "out_features"), "Conv1D": ("nx", "nf")}[family.linear]
+    columns, rows = (getattr(projection, name) for name in names)
+    return columns, rows
+
+
+def heads_of(family: ModelFamily, config: PreTrainedConfig) -> tuple[int, int]:
+    """Query heads and key/value heads."""
+    heads: int = config.num_attention_heads
+    key_heads: int = heads if family.key_heads is None else getattr(config, family.key_heads)
+    return heads, key_heads
+
+
+def window_of(family: ModelFamily, config: PreTrainedConfig, layer: int) -> int | None:
+    """The sliding window of a layer's softmax; None where it sees every token before it.
+
+    A window that holds the longest sequence is none: Phi-4 mini has one of 262,144 tokens.
+    """
+    if family.window is None:
+        return None
+    window: int | None = getattr(config, family.window.size)
+    slides = family.window.layers == "all" or config.layer_types[layer] == "sliding_attention"
+    return window if slides and window is not None and window < config.max_position_embeddings else None
+
+
+def sliding_layers(model: PreTrainedModel) -> dict[int, int]:
+    """The layers whose softmax slides already, and their windows."""
+    family = family_of(base_model_type(model))
+    layers: int = model.config.num_hidden_layers
+    windows = {layer: window_of(family, model.config, layer) for layer in range(layers)}
+    return {layer: window for layer, window in windows.items() if window is not None}
+
+
+def head_shapes(attention: nn.Module, family: ModelFamily, config: PreTrainedConfig) -> HeadShapes:
+    """Sizes read off the projections themselves: head_dim may differ from hidden / heads.
+
+    The first projection is the query's, or holds all three, whose heads then have one width.
+    """
+    heads, key_heads = heads_of(family, config)
+    found = [sizes_of(attention.get_submodule(name), family) for name in family.projections.names]
+    fused = isinstance(family.projections, Fused)
+    layer: int = attention.layer_idx  # type: ignore[assignment]
     return HeadShapes(
-        width=query.in_features,  # type: ignore[arg-type]
+        width=found[0][0],
         query_heads=heads,
         key_heads=key_heads,
-        key_width=query.out_features // heads,  # type: ignore[operator, arg-type]
-        value_width=value.out_features // key_heads,  # type: ignore[operator, arg-type]
+        key_width=found[0][1] // (heads + 2 * key_heads if fused else heads),
+        value_width=found[-1][1] // (heads + 2 * key_heads if fused else key_heads),
         scaling=attention.scaling,  # type: ignore[arg-type]
+        soft_cap=None if family.soft_cap is None else getattr(config, family.soft_cap),
+        window=window_of(family, config, layer),
+        rotates=family.positions == "rotary"
+        and (family.rope_layers is None or bool(getattr(config, family.rope_layers)[layer])),
     )
 
 
-def find_misfits(attention: nn.Module, family: ModelFamily, config: object) -> list[str]:
+def find_misfits(attention: nn.Module, family: ModelFamily, config: PreTrainedConfig) -> list[str]:
     """Every reason why a mixer cannot take this module's place; empty when it can."""
     names = {name for name, _ in attention.named_children()}
-    missing = [name for name in (family.query, family.key, family.value, family.output) if name not in names]
+    missing = [name for name in family.submodules if name not in names]
     if missing:
         return [f"no projection {', '.join(missing)} (found: {', '.join(sorted(names)) or 'none'})"]
     misfits = [f"parameter {name} outside the projections" for name, _ in attention.named_parameters(recurse=False)]
-    heads: int = config.num_attention_heads  # type: ignore[attr-defined]
-    key_heads: int = config.num_key_value_heads  # type: ignore[attr-defined]
+    if unknown := sorted(names - set(family.pieces)):
+        misfits.append(f"nothing is known of its {', '.join(unknown)}")
+    norm = family.norm
+    if norm is not None and (norm.switch is None or getattr(config, norm.switch)):
+        misfits += [f"no norm {name}" for name in (norm.query, norm.key) if name not in names]
+    if not attention.is_causal:
+        misfits.append("it attends in both directions")
+    heads, key_heads = heads_of(family, config)
     if heads % key_heads:
         misfits.append(f"{heads} query heads do not divide into {key_heads} key/value heads")
-    for name, parts in ((family.query, heads), (family.key, key_heads), (family.value, key_heads)):
-        rows: int = attention.get_submodule(name).out_features  # type: ignore[assignment]
-        if rows % parts:
-            misfits.append(f"{name} has {rows} rows, which {parts} heads do not divide")
-    if family.window is not None:
-        window = config.__dict__.get(family.window)
-        if window is not None:
-            misfits.append(f"attention already slides over a window of {window} tokens")
+    fused = isinstance(family.projections, Fused)
+    parts = [heads + 2 * key_heads] if fused else [heads, key_heads, key_heads]
+    for name, count in zip(family.projections.names, parts, strict=True):
+        rows = sizes_of(attention.get_submodule(name), family)[1]
+        if rows % count:
+            misfits.append(f"{name} has {rows} rows, which {count} heads do not divide")
+    return misfits or _wrong_sizes(attention, family, config)
+
+
+def _wrong_sizes(attention: nn.Module, family: ModelFamily, config: PreTrainedConfig) -> list[str]:
+    """Projections that divide into heads, but whose heads do not fit each other."""
+    shapes = head_shapes(attention, family, config)
+    wanted = dict(zip(family.projections.names, family.projections.rows(shapes), strict=True))
+    rows = {name: sizes_of(attention.get_submodule(name), family)[1] for name in wanted}
+    misfits = [f"{name} has {rows[name]} rows, not {wanted[name]}" for name in wanted if rows[name] != wanted[name]]
+    columns, mixed = (
+        sizes_of(attention.get_submodule(family.output), family)[0],
+        shapes.query_heads * shapes.value_width,
+    )
+    if columns != mixed:
+        misfits.append(f"{family.output} takes {columns} columns, the heads have {mixed}")
     return misfits
 
 
-def plan_surgery(model: PreTrainedModel, mixer: MixerConfig, keep_softmax: KeepSoftmax = "none") -> tuple[Swap, ...]:
+def plan_surgery(
+    model: PreTrainedModel,
+    mixer: MixerConfig,
+    keep_softmax: KeepSoftmax = "none",
+    replace_sliding: bool = False,
+) -> tuple[Swap, ...]:
     """What `graft` would do. Changes nothing.
 
     Args:
         model: a causal language model of a known family, not grafted yet.
         mixer: the student mixer for every replaced layer.
         keep_softmax: the layers that stay as they are.
+        replace_sliding: also replace layers whose softmax slides over a window already; they stay otherwise.
 
     Raises:
-        SurgeryError: listing every misfit of every layer; or when nothing would be replaced.
+        SurgeryError: listing every misfit of every layer; or when all layers slide and so none would be replaced.
     """
-    family = family_of(base_model_type(model))
+    family = _family_in(model)
     layers = decoder_layers(model)
     keep = layers_to_keep(keep_softmax, len(layers))
+    sliding = {} if replace_sliding else sliding_layers(model)
     swaps: list[Swap] = []
     misfits: list[str] = []
     for index, layer in enumerate(layers):
-        if index in keep:
+        if index in keep or index in sliding:
             continue
         attention = layer.get_submodule(family.attention)
         found = (
@@ -267,7 +337,42 @@ def plan_surgery(model: PreTrainedModel, mixer: MixerConfig, keep_softmax: KeepS
             place=f"surgery on {family.model_type}",
             remedy="Nothing was changed. Keep such layers softmax with keep_softmax, or use another model.",
         )
+    if not swaps and not keep.issuperset(range(len(layers))):
+        raise SurgeryError(
+            f"every layer that could be replaced slides over a window of {max(sliding.values()):,} tokens already, and "
+            "such layers stay as they are",
+            place=f"surgery on {family.model_type}",
+            remedy="`replace_sliding: true` in the recipe replaces them too.",
+        )
     return tuple(swaps)
+
+
+def _family_in(model: PreTrainedModel) -> ModelFamily:
+    """The family of a model that can be operated on.
+
+    Raises:
+        SurgeryError: for an encoder, which attends to what is not there yet; for an unknown family.
+    """
+    config = model.config
+    crossed = config.to_dict().get("add_cross_attention", False)
+    if config.is_encoder_decoder or crossed:
+        raise SurgeryError(
+            f"'{config.model_type}' attends to the states of an encoder; a decoder alone can be converted",
+            place=f"surgery on {config.model_type}",
+            remedy="Use a decoder-only language model.",
+        )
+    model_type = base_model_type(model)
+    if model_type in FAMILIES or model_type in NOT_TEXT:
+        return family_of(model_type)
+    found = propose(model)
+    unknown = ", ".join(found.unknown) or "nothing that its modules show"
+    raise UnknownFamilyError(
+        f"{unknown_name('model family', model_type, FAMILIES)} Not understood in this one: {unknown}.",
+        place="config.model_type",
+        remedy="`linearize plan` prints a description found by looking into the model; it goes into one file in "
+        "linearize/families/, and `linearize plan --audit` then checks it.",
+        proposal=found.text,
+    )
 
 
 def graft(model: PreTrainedModel, plan: tuple[Swap, ...]) -> Graft:
@@ -286,4 +391,8 @@ def graft(model: PreTrainedModel, plan: tuple[Swap, ...]) -> Graft:
     if plan:
         trunk = model.get_submodule(plan[0].family.trunk)
         trunk.register_forward_pre_hook(hand_padding_to_students, with_kwargs=True)
+    for swap in plan:
+        if not swap.family.hands_on:
+            layer = model.get_submodule(f"{swap.family.layers}.{swap.layer}")
+            layer.register_forward_pre_hook(partial(hand_to_attention, swap.family.attention), with_kwargs=True)
     return Graft(model, students)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -13,6 +13,7 @@ from rich.table import Table
 from linearize.audit import Audit
 from linearize.doctor import Finding
 from linearize.evals.samples import PROMPT
+from linearize.families import ModelFamily
 from linearize.pipeline import Converted
 from linearize.planning import Plan
 from linearize.recipe import Recipe
@@ -71,9 +72,16 @@ def plan_report(plan: Plan) -> RenderableType:
             (
                 "Decoding state",
                 f"{_bytes(plan.state_bytes)} per sequence of any length; smaller than the keys and values it replaces "
-                f"({_bytes(plan.key_value_bytes)} per token, all layers) from {plan.crossover_tokens:,} tokens on",
+                f"({_bytes(plan.key_value_bytes)} per token) from {plan.crossover_tokens:,} tokens on",
             ),
         ]
+        if shapes.soft_cap is not None:
+            cap = f"the teacher caps them at {shapes.soft_cap:g} by tanh; no mixer does"
+            rows.append(("Scores", cap))
+    if plan.sliding:
+        widths = ", ".join(f"{window:,}" for window in sorted(set(plan.sliding.values())))
+        kept = f"{_ranges(sorted(plan.sliding))}: they slide over {widths} tokens already"
+        rows.append(("Left softmax", f"{kept}; replace_sliding: true replaces them too"))
     if plan.teacher_bytes:
         rows.append(
             (
@@ -221,3 +229,14 @@ def recipes_report(recipes: Sequence[Recipe]) -> RenderableType:
         kept = "none" if recipe.keep_softmax == "none" else str(recipe.keep_softmax)
         table.add_row(recipe.name, recipe.mixer.kind, kept, stages, f"{recipe.tokens / 1e6:g}M", recipe.paper)
     return table
+
+
+def families_report(families: Iterable[ModelFamily]) -> RenderableType:
+    """What each family is special for, and the pieces of its attention that are checked before surgery."""
+    table = Table(title="Model families", title_justify="left")
+    for column in ("family", "such as", "what is special", "checked pieces"):
+        table.add_column(column)
+    for family in families:
+        table.add_row(family.model_type, "\n".join(family.examples), family.special, ", ".join(family.checked))
+    said = "A module or parameter of attention that is not among the checked pieces is refused, never ignored."
+    return Group(table, said)

@@ -23,6 +23,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from linearize import logits
 from linearize.errors import DataError, TeacherError
 from linearize.evals import perplexity as module
 from linearize.evals.perplexity import OpenModel, perplexity, perplexity_table
@@ -112,7 +113,7 @@ def test_unknown_rescaling_is_refused_unless_a_head_is_given(
 ) -> None:
     torch.manual_seed(0)
     granite = sharpen(FAMILIES["granite"]())
-    monkeypatch.setattr(module, "LOGIT_RULES", {})
+    monkeypatch.setattr(logits, "LOGIT_RULES", {})
     with pytest.raises(TeacherError, match="GraniteForCausalLM does not give its logits"):
         perplexity(granite, tokens, length=50, max_tokens=200)
     embedding = granite.get_output_embeddings()

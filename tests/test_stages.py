@@ -196,7 +196,7 @@ class Twin(StudentMixer):
         return 0
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
-        rows = teacher_rows(heads, self.shapes.scaling)
+        rows = teacher_rows(heads, self.shapes)
         return lambda start, stop: rows(start, stop) + self.off
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:

@@ -5,58 +5,24 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_families import Exact, ExactConfig
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedModel
 
 from linearize.adapters import LoraSettings, add_lora, lora_layers, lora_off, lora_parameters
 from linearize.errors import SurgeryError
 from linearize.families import FAMILIES
-from linearize.mixers import MIXERS, HeadInputs, HeadShapes, MixerConfig, MixerEntry, MixerState, StudentMixer
+from linearize.mixers import MIXERS, HeadShapes, MixerEntry
 from linearize.mixers.hedgehog import HedgehogConfig
 from linearize.surgery import EveryNth, KeepSoftmax, graft, plan_surgery
 
 MakeTeacher = Callable[..., PreTrainedModel]
 MIXER = HedgehogConfig()
-
-
-class ExactConfig(MixerConfig):
-    kind: Literal["exact"] = "exact"
-
-
-class Exact(StudentMixer):
-    """Softmax attention itself, written anew: a student with it must answer exactly like its teacher."""
-
-    def __init__(self, config: ExactConfig, shapes: HeadShapes) -> None:
-        super().__init__()
-        self.config, self.shapes = config, shapes
-        self.unused = nn.Parameter(torch.zeros(3))
-
-    def reset_parameters(self) -> None:
-        nn.init.zeros_(self.unused)
-
-    def state_bytes(self, dtype: torch.dtype = torch.float32) -> int:
-        return 0
-
-    def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        assert heads.rope is not None
-        batch, length = heads.q_BTHK.shape[:2]
-        real = torch.ones(batch, length, dtype=torch.bool) if heads.mask_BT is None else heads.mask_BT
-        now = (heads.rope.rotate(heads.k_BTGK), heads.v_BTGV, real)
-        k, v, real = now if state is None else tuple(torch.cat(pair, 1) for pair in zip(state, now, strict=True))
-        group = heads.q_BTHK.shape[2] // k.shape[2]
-        q_BHTK = heads.rope.rotate(heads.q_BTHK).transpose(1, 2)
-        k_BHTK, v_BHTV = (x.repeat_interleave(group, 2).transpose(1, 2) for x in (k, v))
-        seen = torch.ones(length, k.shape[1], dtype=torch.bool).tril(k.shape[1] - length)[None] & real[:, None]
-        if heads.segments_BT is not None:
-            seen = seen & (heads.segments_BT[:, :, None] == heads.segments_BT[:, None])
-        score = (q_BHTK @ k_BHTK.transpose(-1, -2)) * self.shapes.scaling
-        weight = score.masked_fill(~seen[:, None], -1e30).softmax(-1)
-        return (weight @ v_BHTV).transpose(1, 2), (k, v, real)
 
 
 @pytest.fixture
@@ -167,10 +133,14 @@ def test_query_heads_that_do_not_divide(make_teacher: MakeTeacher) -> None:
         plan_surgery(model, MIXER)
 
 
-def test_a_sliding_window_is_a_misfit(make_teacher: MakeTeacher) -> None:
-    with pytest.raises(SurgeryError, match=r"3 misfit\(s\): layer 0: attention already slides over a window of 32"):
-        plan_surgery(make_teacher("mistral", sliding_window=32), MIXER)
-    assert len(plan_surgery(make_teacher("mistral"), MIXER)) == 3
+def test_layers_that_slide_are_replaced_only_when_asked(make_teacher: MakeTeacher) -> None:
+    sliding = make_teacher("mistral", sliding_window=32)
+    with pytest.raises(SurgeryError, match="slides over a window of 32 tokens already.*`replace_sliding: true`"):
+        plan_surgery(sliding, MIXER)
+    assert plan_surgery(sliding, MIXER, (0, 1, 2)) == ()  # all kept by the recipe itself
+    asked = plan_surgery(sliding, MIXER, replace_sliding=True)
+    assert [swap.shapes.window for swap in asked] == [32, 32, 32]
+    assert [swap.shapes.window for swap in plan_surgery(make_teacher("mistral"), MIXER)] == [None, None, None]
 
 
 def test_a_second_graft_is_refused(make_teacher: MakeTeacher) -> None:
@@ -181,10 +151,10 @@ def test_a_second_graft_is_refused(make_teacher: MakeTeacher) -> None:
 
 
 def test_an_unknown_family_lists_the_known() -> None:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=2, n_positions=8))
+    model = OPTForCausalLM(OPTConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
     with pytest.raises(SurgeryError) as caught:
         plan_surgery(model, MIXER)
-    assert "unknown model family 'gpt2'" in str(caught.value)
+    assert "unknown model family 'opt'" in str(caught.value)
     assert all(name in str(caught.value) for name in FAMILIES)
 
 

@@ -17,20 +17,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from linearize.errors import DataError, TeacherError
+from linearize.logits import Head, head_of
 
-Head = Callable[[Tensor], Tensor]
 Autocast = Callable[[], AbstractContextManager[object]]
 OpenModel = Callable[[], AbstractContextManager[PreTrainedModel]]
 
 _CHUNK_ELEMENTS = 2**24  # logits held in fp32 at once: 64 MiB
 _CHECK_TOKENS = 8
-
-LOGIT_RULES: Mapping[str, Callable[[Tensor, float], Tensor]] = {
-    "final_logit_softcapping": lambda logits, cap: torch.tanh(logits / cap) * cap,  # Gemma 2 to 4
-    "logits_scaling": lambda logits, scale: logits / scale,  # Granite
-    "logit_scale": lambda logits, scale: logits * scale,  # Cohere
-}
-"""What some families do to logits after the output embedding, by the key of their configuration."""
 
 
 @dataclass(frozen=True)
@@ -103,21 +96,6 @@ def perplexity(
             with context():
                 means.append(_window_nll(model, head, input_ids_BT.to(model.device)))
     return _summary(torch.cat(means).double().cpu(), length)
-
-
-def head_of(model: PreTrainedModel) -> Head:
-    """The output embedding, followed by what the family does to its logits (LOGIT_RULES)."""
-    embedding = model.get_output_embeddings()
-    config = model.config.get_text_config().to_dict()
-    rules = [(rule, config[key]) for key, rule in LOGIT_RULES.items() if key in config and config[key] is not None]
-
-    def head(hidden: Tensor) -> Tensor:
-        logits = embedding(hidden)
-        for rule, value in rules:
-            logits = rule(logits, value)
-        return logits
-
-    return head
 
 
 def _check_head(model: PreTrainedModel, head: Head, input_ids_BT: Tensor) -> None:

@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 from linearize.errors import SurgeryError, unknown_name
-from linearize.families.base import ModelFamily
+from linearize.families.base import Fused, ModelFamily, QueryKeyNorm, Split, Window
+from linearize.families.gemma2 import GEMMA2
+from linearize.families.gemma3 import GEMMA3
+from linearize.families.gpt2 import GPT2
+from linearize.families.gpt_neox import GPT_NEOX
+from linearize.families.granite import GRANITE
 from linearize.families.llama import LLAMA
 from linearize.families.mistral import MISTRAL
+from linearize.families.mixtral import MIXTRAL
+from linearize.families.olmo2 import OLMO2
+from linearize.families.phi3 import PHI3
+from linearize.families.qwen2 import QWEN2
+from linearize.families.qwen3 import QWEN3
+from linearize.families.qwen3_moe import QWEN3_MOE
+from linearize.families.smollm3 import SMOLLM3
+from linearize.families.stablelm import STABLELM
 
-__all__ = ["FAMILIES", "ModelFamily", "family_of"]
+__all__ = ["FAMILIES", "NOT_TEXT", "Fused", "ModelFamily", "QueryKeyNorm", "Split", "Window", "family_of"]
 
-FAMILIES: dict[str, ModelFamily] = {family.model_type: family for family in (LLAMA, MISTRAL)}
+FAMILIES: dict[str, ModelFamily] = {
+    family.model_type: family
+    for family in (
+        LLAMA,
+        MISTRAL,
+        MIXTRAL,
+        QWEN2,
+        QWEN3,
+        QWEN3_MOE,
+        GEMMA2,
+        GEMMA3,
+        PHI3,
+        GPT2,
+        GPT_NEOX,
+        OLMO2,
+        SMOLLM3,
+        GRANITE,
+        STABLELM,
+    )
+}
+
+NOT_TEXT: dict[str, str] = {"gemma3": GEMMA3.model_type}
+"""Multimodal model types, and the family of the text model inside."""
 
 
 def family_of(model_type: str) -> ModelFamily:
@@ -18,6 +53,12 @@ def family_of(model_type: str) -> ModelFamily:
     Raises:
         SurgeryError: when no family describes it; the known ones are listed.
     """
+    if model_type in NOT_TEXT:
+        raise SurgeryError(
+            f"'{model_type}' reads images too; only its text model ('{NOT_TEXT[model_type]}') can be converted",
+            place="config.model_type",
+            remedy="Save the text model on its own with its causal language-model class, or use a text checkpoint.",
+        )
     if model_type not in FAMILIES:
         raise SurgeryError(
             unknown_name("model family", model_type, FAMILIES),

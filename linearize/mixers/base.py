@@ -80,7 +80,7 @@ class HeadInputs:
 
 @dataclass(frozen=True)
 class HeadShapes:
-    """The sizes a mixer is built for."""
+    """The sizes a mixer is built for, and how its teacher scores."""
 
     width: int  # D
     query_heads: int  # H
@@ -88,6 +88,9 @@ class HeadShapes:
     key_width: int  # K
     value_width: int  # V
     scaling: float  # what the teacher multiplies q.k with, usually K ** -0.5
+    soft_cap: float | None = None  # c of the teacher's c tanh(score / c)
+    window: int | None = None  # keys that the teacher sees, its own the last; None = all
+    rotates: bool = True  # False: heads of this layer come without RoPE
 
 
 class MixerConfig(Config):

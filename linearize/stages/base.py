@@ -16,7 +16,7 @@ from linearize.families import ModelFamily
 from linearize.mixers import StudentMixer
 from linearize.stages.course import Course
 from linearize.stages.parts import BASE_PARTS, Part, check_parts
-from linearize.surgery import trunk_of
+from linearize.surgery import sliding_layers, trunk_of
 from linearize.topk import TopK
 
 Share = Annotated[Number, Field(gt=0, le=1)]
@@ -215,9 +215,9 @@ def softmax_mask(model: PreTrainedModel, batch: Batch) -> Tensor | None:
 
     Left to itself transformers compares positions on the GPU, fetches the answer to the CPU, which waits for all that
     was launched, and makes this mask once for every pass. Rows of one document leave it that look: their attention is
-    plainly causal, and its fastest kernel takes no mask.
+    plainly causal, and its fastest kernel takes no mask. Layers that slide over a window need a mask of their own.
     """
-    if batch.segments_BT is None or model.config._attn_implementation != "sdpa":
+    if batch.segments_BT is None or model.config._attn_implementation != "sdpa" or sliding_layers(model):
         return None
     segments_BT, length = batch.segments_BT, batch.segments_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril_()

@@ -19,6 +19,7 @@ from linearize.adapters import LoraSettings, adapters_off, add_lora, lora_layers
 from linearize.config import Number
 from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
+from linearize.logits import head_of
 from linearize.losses import DistillationWeights, Heads, distillation_loss
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.course import SteadyCourse
@@ -66,10 +67,11 @@ class DistilConfig(StageConfig):
         return self
 
     def check_family(self, family: ModelFamily) -> None:
-        targets = () if self.lora is None else self.lora.targets
-        parts = {"qkv": (family.query, family.key, family.value), "o": (family.output,)}
+        targets = () if self.lora is None else self.lora.names_in(family)
+        adapted = {target.removeprefix(f"{family.attention}.") for target in targets}
+        parts = {"qkv": family.projections.names, "o": (family.output,)}
         for part, names in parts.items():
-            both = [name for name in names if part in self.train and name in targets]
+            both = [name for name in names if part in self.train and name in adapted]
             if both:
                 raise RecipeError(
                     f"{part} trains the weights of {', '.join(both)}, which lora adapts in the same stage; a "
@@ -149,8 +151,6 @@ class Distil:
 
     def _heads(self) -> Heads:
         """Of student and teacher over the vocabulary; one and the same while base weights are frozen."""
-        student = self.graft.model.get_output_embeddings()
-        teacher = self.graft.observed.model.get_output_embeddings()
-        assert student is not None
-        assert teacher is not None
-        return Heads(student, teacher, tuple(p for p in student.parameters() if p.requires_grad))
+        trained = self.graft.model.get_output_embeddings().parameters()
+        student, teacher = head_of(self.graft.model), head_of(self.graft.observed.model)
+        return Heads(student, teacher, tuple(p for p in trained if p.requires_grad))

@@ -35,7 +35,7 @@ def _projections(graft: Graft, fields: Iterable[str]) -> Parameters:
 
 def _query_key_value(graft: Graft) -> Parameters:
     students = graft.students.values()
-    return _projections(graft, {name for s in students for name in (s.family.query, s.family.key, s.family.value)})
+    return _projections(graft, {name for student in students for name in student.family.projections.names})
 
 
 def _output(graft: Graft) -> Parameters:

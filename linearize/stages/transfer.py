@@ -70,7 +70,7 @@ def _hidden(layer: LayerAnswers) -> Tensor:
 def _compare_rows(distance: Callable[..., Tensor]) -> Callable[[LayerAnswers], Tensor]:
     def compare(layer: LayerAnswers) -> Tensor:
         with full_precision(layer.teacher_BTHV.device):
-            teacher = teacher_rows(layer.teacher_heads, layer.teacher.shapes.scaling)
+            teacher = teacher_rows(layer.teacher_heads, layer.teacher.shapes)
             student = layer.student.mixer.row_weights(layer.student_heads)
             return distance(teacher, student, layer.teacher_BTHV.shape[1])
 
