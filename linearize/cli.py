@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
-from linearize.commands import recipes
+from linearize.commands import recipes, speed
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -38,6 +38,7 @@ app = typer.Typer(
     "Start with: [bold]linearize convert --model smollm2 --recipe hedgehog --tokens 150k --out out/student[/bold]",
 )
 app.add_typer(recipes.app, name="recipes")
+app.command("speed")(speed.speed)
 
 
 @app.command()
