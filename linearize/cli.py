@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
-from linearize.commands import recipes, speed
+from linearize.commands import recipes, report, speed
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -39,6 +39,7 @@ app = typer.Typer(
 )
 app.add_typer(recipes.app, name="recipes")
 app.command("speed")(speed.speed)
+app.command("report")(report.report)
 
 
 @app.command()

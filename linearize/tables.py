@@ -12,7 +12,7 @@ from rich.table import Table
 
 from linearize.audit import Audit
 from linearize.doctor import Finding
-from linearize.evals.crossover import Cost, Crossover, crossover
+from linearize.evals.crossover import Cost, crossover
 from linearize.evals.records import SpeedRow
 from linearize.evals.samples import PROMPT
 from linearize.pipeline import Converted
@@ -205,19 +205,8 @@ def speed_report(rows: Sequence[SpeedRow]) -> RenderableType:
         ("decoding state", "decode", "state_bytes"),
     ]
     found = ((name, crossover(rows, mode, cost)) for name, mode, cost in wanted)
-    lines = [f"{name}: {crossing_words(crossed)}" for name, crossed in found if crossed is not None]
+    lines = [f"{name}: {crossed.in_words()}" for name, crossed in found if crossed is not None]
     return Group(table, *lines)
-
-
-def crossing_words(found: Crossover) -> str:
-    """`the student's is smaller from 3,100 tokens on`."""
-    if found.length is not None:
-        return f"the student's is smaller from about {float(f'{found.length:.2g}'):,.0f} tokens on"
-    return (
-        f"the {found.always}'s is smaller at the longest length"
-        if found.always == "teacher"
-        else ("the student's is smaller at every measured length")
-    )
 
 
 def doctor_report(findings: Sequence[Finding]) -> RenderableType:

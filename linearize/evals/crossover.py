@@ -18,6 +18,14 @@ class Crossover(NamedTuple):
     length: float | None
     always: Literal["student", "teacher"] | None
 
+    def in_words(self) -> str:
+        """`the student's is smaller from about 3,100 tokens on`."""
+        if self.length is not None:
+            return f"the student's is smaller from about {float(f'{self.length:.2g}'):,.0f} tokens on"
+        if self.always == "student":
+            return "the student's is smaller at every measured length"
+        return "the teacher's is smaller at the longest measured length"
+
 
 def crossover(rows: Sequence[SpeedRow], mode: str, cost: Cost) -> Crossover | None:
     """Where the student's cost falls below its teacher's, and stays there at every longer measured length.
