@@ -185,7 +185,7 @@ def test_the_page_says_what_was_measured(html: str) -> None:
     wanted = (
         "tiny → lizard", "in 3 of 6 layers", "ab12", "cd34", "ef56", "mit", "20,000 tokens of length 64",
         "Held-out perplexity, student over teacher", "error of each layer", "Branch probe", BRANCHES[0],
-        "60.0% ± 2.0%", "85.7%", "50.0%",  # accuracy, recovered share, and that beyond chance
+        "60.0 % ± 2.0 %", "85.7 %", "50.0 %",  # accuracy, recovered share, and that beyond chance
         "Out of memory: teacher at 1,024", "smaller from about 100 tokens on", "linearize measure it",
         "Perplexity, held-out, 64 tokens", ">1.5<",
     )  # fmt: skip
@@ -276,7 +276,8 @@ def test_ticks_are_round(low: float, high: float, log: bool, expected: list[floa
     [
         ("number", 0.01234, "0.0123"), ("number", 12.0, "12"), ("number", 1234.5, "1,234"), ("exact", 7.2, "7.20"),
         ("length", 4096, "4K"), ("length", 4000, "4K"), ("length", 512, "512"), ("length", 1_500, "1.5K"),
-        ("bytes", 13.5e6, "13.5 MB"), ("seconds", 0.00123, "1.23 ms"), ("seconds", 2.0, "2 s"), ("percent", 0.25, "25 %"),
+        ("bytes", 13.5e6, "13.5 MB"), ("seconds", 0.00123, "1.23 ms"), ("seconds", 2.0, "2 s"),
+        ("percent", 0.25, "25 %"),
     ],
 )  # fmt: skip
 def test_numbers_are_short(kind: Any, value: float, expected: str) -> None:

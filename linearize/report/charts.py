@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-Format = Literal["number", "exact", "count", "length", "bytes", "seconds", "percent"]
+Format = Literal["number", "exact", "count", "length", "bytes", "seconds", "percent", "share"]
 
 
 class Point(NamedTuple):
@@ -40,6 +40,7 @@ class Lines:
     y_format: Format = "number"
     log_x: bool = False
     log_y: bool = False
+    y_range: tuple[float, float] | None = None  # default: that of the values
     marks: tuple[tuple[float, str], ...] = ()
     note: str = ""
 
@@ -103,6 +104,7 @@ FORMATS: dict[Format, Callable[[float], str]] = {
     "bytes": lambda value: _scaled(value, 1e3, (" B", " kB", " MB", " GB", " TB")),
     "seconds": lambda value: f"{short(value)} s" if value >= 1 else f"{short(1e3 * value)} ms",
     "percent": lambda value: f"{100 * value:.0f} %",
+    "share": lambda value: f"{100 * value:.1f} %",
 }
 
 

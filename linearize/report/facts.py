@@ -11,6 +11,7 @@ import yaml
 
 from linearize.errors import RunError
 from linearize.evals.records import (
+    BRANCHES,
     ROWS,
     DiagnosticRow,
     Made,
@@ -26,13 +27,15 @@ from linearize.run_folder import RunFolder
 
 KINDS: dict[str, tuple[str, str]] = {
     "perplexity": ("perplexity by length", "linearize eval {path} --text TEXT --lengths 512,1k,2k,4k,8k"),
-    "positions": ("perplexity by position", "linearize eval {path} --text TEXT --positions"),
-    "recall": ("recall by length and depth", "linearize recall {path} --lengths 512,1k,2k,4k"),
-    "tasks": ("tasks", "linearize eval {path} --tasks TASKS"),
-    "diagnostics": ("diagnostics by layer and head", "linearize diagnose {path}"),
+    "positions": ("perplexity by position", "linearize eval {path} --text TEXT --positions --lengths 4k"),
+    "recall": ("recall by length and depth", "linearize eval {path} --recall all --lengths 512,1k,2k,4k"),
+    "tasks": ("tasks", "linearize eval {path} --tasks piqa,arc_easy,lambada"),
+    "diagnostics": ("diagnostics by layer and head", "linearize eval {path} --diagnostics"),
     "speed": ("speed and memory", "linearize speed {path} --lengths 1k,4k,16k"),
 }
 """What evaluations measure, in words, and the command that does."""
+
+PROBE = ("the branch probe", "linearize eval {path} --text TEXT --probe")
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,17 @@ class RunFacts:
     made: dict[str, Made] = field(default_factory=dict)
 
     @property
+    def probed(self) -> bool:
+        """Whether a branch was switched off and measured."""
+        return any(row.model in BRANCHES for row in [*self.perplexity, *self.recall])
+
+    @property
     def missing(self) -> list[tuple[str, str]]:
         """What was not measured, and the command for it."""
-        found = [
-            (what, command.format(path=self.folder)) for kind, (what, command) in KINDS.items() if kind not in self.made
-        ]
+        wanted = [measure for kind, measure in KINDS.items() if kind not in self.made]
+        if "window" in self.recipe.get("mixer", {}) and not self.probed:
+            wanted.append(PROBE)
+        found = [(what, command.format(path=self.folder)) for what, command in wanted]
         if not self.finished:
             return [("the end of the run", f"{self.facts.get('command', 'linearize convert ...')} --resume"), *found]
         return found

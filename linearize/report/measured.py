@@ -79,7 +79,15 @@ def _recall(key: str, title: str, task: str, runs: Sequence[RunFacts], speakers:
 
     series = lines(speakers, rows, point)
     return Lines(
-        key, title, "tokens of context", "correct", series, y_format="percent", log_x=True, marks=_trained(runs)
+        key,
+        title,
+        "tokens of context",
+        "correct",
+        series,
+        y_format="percent",
+        log_x=True,
+        y_range=(0.0, 1.0),
+        marks=_trained(runs),
     )
 
 
@@ -102,7 +110,7 @@ def _depths(voice: Voice, task: str) -> Heat | None:
         x_label="tokens of context",
         y_label="depth of the needle",
         columns=tuple(f"{length:,}" for length in lengths),
-        rows=tuple(f"{depth:.0%}" for depth in depths),
+        rows=tuple(f"{100 * depth:.0f} %" for depth in depths),
         values=tuple(tuple(share(depth, length) for length in lengths) for depth in depths),
         low=0.0,
         high=1.0,
@@ -163,6 +171,7 @@ def _by_layer(key: str, title: str, x_label: str, rows: Sequence[DiagnosticRow])
             values=tuple(tuple(found.get((layer, column)) for column in columns) for layer in layers),
             low=min(values),
             high=max(values),
+            log=min(values) > 0,
         )
     ]
 

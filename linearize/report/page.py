@@ -38,7 +38,11 @@ def sections(runs: Sequence[RunFacts]) -> list[Section]:
     """What was measured, in the order of the page."""
     single = runs[0] if len(runs) == 1 else None
     found = [
-        Section("Training", "Hover over points and cells for their numbers.", training_charts(runs)),
+        Section(
+            "Training",
+            "Points and cells tell their numbers on hover; lists of them are below the charts.",
+            training_charts(runs),
+        ),
         Section(
             "Perplexity", "Windows start without context; the dashed line is the teacher.", perplexity_charts(runs)
         ),
@@ -215,7 +219,11 @@ def _conversion(run: RunFacts) -> Markup:
     """Recipe, text, budget, hashes."""
     facts, recipe = run.facts, run.recipe
     teacher, text = facts.get("teacher", {}), facts.get("text", {})
-    mixer = ", ".join(f"{key} {value}" for key, value in recipe.get("mixer", {}).items() if value is not None)
+    mixer = ", ".join(
+        f"{key} {value}" if not isinstance(value, bool) else (key if value else f"not {key}")
+        for key, value in recipe.get("mixer", {}).items()
+        if value is not None
+    )
     stages = [
         f"{stage['kind']}: {stage['tokens']:,} tokens of length {stage['length']:,}, "
         f"trains {', '.join(stage.get('train', []))}"
@@ -250,18 +258,18 @@ def _definitions(said: Sequence[tuple[str, Any]]) -> Markup:
 
 
 def _tasks(runs: Sequence[RunFacts]) -> Markup | None:
-    rows = []
+    rows, share = [], FORMATS["share"]
     for run in runs:
         for task, teacher, student in task_pairs(run):
             cells = [task if len(runs) == 1 else f"{task}, {run.name}"]
             for row in (teacher, student):
-                cells.append("–" if row is None else f"{row.accuracy:.1%} ± {row.accuracy_error:.1%}")
+                cells.append("–" if row is None else f"{share(row.accuracy)} ± {share(row.accuracy_error)}")
             shares: list[float | None] = [None, None]
             if teacher is not None and student is not None:
                 shares[0] = recovered(student.accuracy, teacher.accuracy, 0.0)
                 if teacher.chance is not None:
                     shares[1] = recovered(student.accuracy, teacher.accuracy, teacher.chance)
-            cells += ["–" if share is None else f"{share:.1%}" for share in shares]
+            cells += ["–" if value is None else share(value) for value in shares]
             rows.append([*cells, f"{(student or teacher).count:,}"])  # type: ignore[union-attr]
     head = ["", "teacher", "student", "recovered", "beyond chance", "n"]
     return table(head, rows) if rows else None

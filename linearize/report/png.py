@@ -21,8 +21,9 @@ def write_images(charts: Sequence[Chart], folder: Path) -> list[Path]:
 
     paths = []
     for chart in charts:
-        figure = Figure(figsize=(5.2, 3.4), layout="constrained")
+        figure = Figure(figsize=(5.2, 3.4))
         FigureCanvasAgg(figure)
+        figure.subplots_adjust(left=0.15, right=0.96, bottom=0.15, top=0.91)  # a layout engine would draw all twice
         axes = figure.add_subplot()
         axes.set_title(chart.title, fontsize=9, loc="left")
         axes.set_xlabel(chart.x_label, fontsize=8)
@@ -43,6 +44,7 @@ def _lines(axes: Any, chart: Lines) -> None:
 
     axes.set_xscale("log" if chart.log_x else "linear")
     axes.set_yscale("log" if chart.log_y else "linear")
+    axes.set_ylim(chart.y_range)
     series = plotted(chart)
     for line in series:
         tone = TEACHER if line.tone is None else TONES[line.tone % len(TONES)]

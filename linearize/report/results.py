@@ -69,7 +69,7 @@ def _recalls(run: RunFacts) -> list[Measure]:
             ]
             (teacher, teacher_error), (student, student_error) = shares
             label = f"Recall, {task}, {length:,} tokens"
-            found.append(Measure(label, teacher, student, "percent", teacher_error, student_error))
+            found.append(Measure(label, teacher, student, "share", teacher_error, student_error))
     return found
 
 
@@ -95,7 +95,7 @@ def _tasks(run: RunFacts) -> list[Measure]:
             f"Accuracy, {task}",
             None if teacher is None else teacher.accuracy,
             None if student is None else student.accuracy,
-            "percent",
+            "share",
             None if teacher is None else teacher.accuracy_error,
             None if student is None else student.accuracy_error,
         )

@@ -47,7 +47,7 @@ def _lines(chart: Lines) -> Markup:
     series = plotted(chart)
     points = [point for line in series for point in line.points]
     x_low, x_high = span((p.x for p in points), log=chart.log_x, room=0.03)
-    y_low, y_high = span(
+    y_low, y_high = chart.y_range or span(
         [y for p in points for y in (p.y, *_ends(p.y, p.error)) if y > 0 or not chart.log_y], log=chart.log_y
     )
     x = Scale(x_low, x_high, LEFT, WIDTH - RIGHT, chart.log_x)
