@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
-from linearize.commands import families, recipes, targets
+from linearize.commands import families, recipes, report, speed, targets
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -40,6 +40,8 @@ app = typer.Typer(
 app.add_typer(recipes.app, name="recipes")
 app.command("cache-targets")(targets.cache_targets)
 app.command("families")(families.list_families)
+app.command("speed")(speed.speed)
+app.command("report")(report.report)
 
 
 @app.command()

@@ -28,6 +28,7 @@ from linearize.machine import Machine, Precision, choose_machine, versions
 from linearize.metrics import MetricsLog, Progress
 from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
+from linearize.report import write_report
 from linearize.run_folder import RunFolder, open_run_folder, write_json
 from linearize.stages import Stage, build_stage, check_stages
 from linearize.stages.distil import Distil, DistilConfig
@@ -150,6 +151,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         after = _measure(reloaded, teacher, heldout, length)
         result = Converted(folder.student, length, before, untrained, stages, after)
         _document(recipe, facts, result, folder)
+        console.print(f"Report: {write_report([folder.student], images=False)}", highlight=False, soft_wrap=True)
     return result
 
 

@@ -81,19 +81,26 @@ class DiagnosticRow(Config):
 
 
 class SpeedRow(Config):
-    """One model at one length. Prefill reads `length` tokens; decode adds one token to a context of `length`."""
+    """One model at one length. Prefill reads `length` tokens; decode adds one token to a context of `length`.
+
+    `seconds` is the median: of a whole prefill with its first token, or of one decoding step. A length that did not fit
+    has `out_of_memory` and no numbers. Peak memory holds the weights, and is known on GPUs only.
+    """
 
     model: str
     mode: Literal["prefill", "decode"]
     length: int
     batch: int
-    seconds: float
-    tokens_per_second: float
-    peak_memory_bytes: int
+    seconds: float | None
+    tokens_per_second: float | None
+    peak_memory_bytes: int | None
     state_bytes: int | None
     dtype: str
     attention: str
     cuda_graph: bool
+    out_of_memory: bool = False
+    runs: int | None = Field(None, description="timings that the median is of, after the warm-up")
+    note: str = ""
 
 
 ROWS: dict[str, type[Config]] = {
