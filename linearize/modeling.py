@@ -72,7 +72,28 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
             place="config.json, linearize.layers",
         )
     kept = tuple(index for index in range(len(layers)) if index not in entry["layers"])
-    graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept))
+    grafted = graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept))
+    for student in grafted.students.values():
+        student.mixer.register_forward_pre_hook(_fetch_offloaded)
+        student.mixer.register_forward_hook(_leave_offloaded)
+
+
+def _offloaded(mixer: nn.Module) -> list[nn.Module]:
+    """The parts of a mixer whose weights accelerate keeps elsewhere (`device_map` with the CPU or a disk)."""
+    return [module for module in mixer.modules() if any(p.is_meta for p in module.parameters(recurse=False))]
+
+
+def _fetch_offloaded(mixer: nn.Module, _heads: Any) -> None:
+    """Accelerate brings a module's weights when that module is called; mixers read those of their parts directly."""
+    for module in _offloaded(mixer):
+        module._hf_hook.pre_forward(module)  # type: ignore[operator, union-attr]  # accelerate puts it there
+
+
+def _leave_offloaded(mixer: nn.Module, _heads: Any, _mixed: Any) -> None:
+    """Give back what `_fetch_offloaded` brought."""
+    for module in mixer.modules():
+        if "_hf_hook" in vars(module):
+            module._hf_hook.post_forward(module, None)  # type: ignore[operator, union-attr]
 
 
 def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
@@ -97,6 +118,7 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
 
     class Linearized(base_model):  # type: ignore[misc, valid-type]
         _keep_in_fp32_modules_strict = ["mixer"]
+        _keep_in_fp32_modules = [r".*\.mixer"]  # what quantisers leave alone: they match from the start of a name
 
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)
