@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
-from linearize.commands import recipes
+from linearize.commands import hub, recipes
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -38,6 +38,7 @@ app = typer.Typer(
     "Start with: [bold]linearize convert --model smollm2 --recipe hedgehog --tokens 150k --out out/student[/bold]",
 )
 app.add_typer(recipes.app, name="recipes")
+app.command()(hub.push)
 
 
 @app.command()
@@ -66,6 +67,9 @@ def convert(
     compile_mixers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the mixers for training; faster on many GPUs.")
     ] = False,
+    push: Annotated[str | None, typer.Option(help="owner/name on the Hub: upload the student when it is done.")] = None,
+    private: hub.PrivateOption = None,
+    accept_license: hub.AcceptLicenseOption = False,
 ) -> None:
     """Convert a teacher into a student, train it, write it, and measure both.
 
@@ -89,7 +93,11 @@ def convert(
         overwrite,
         compile_mixers,
     )
+    if push is not None:
+        hub.check(push)
     out_console.print(conversion_report(run_conversion(job, log_console)))
+    if push is not None:
+        hub.push(out, push, private, accept_license=accept_license)
 
 
 @app.command()

@@ -24,7 +24,7 @@ FILE = "modeling_linearized.py"
 ROOT = "linearize.modeling"
 STAND_INS = {"pydantic": "pydantic", "linearize.config": "config", "linearize_kernels.backend": "backend"}
 PACKAGES = ("linearize", "linearize_kernels")
-STAYS = 'raise RuntimeError("this needs the Triton kernels, which come with linearize: pip install linearize")'
+STAYS = 'raise RuntimeError("this needs the Triton kernels, which come with linearize")'
 
 _HEADER = '''"""{model}: {causal_lm} with student layers (mixer `{kind}`).
 
