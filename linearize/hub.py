@@ -28,24 +28,39 @@ from linearize.run_folder import write_json
 from linearize.teacher_files import first_line, redact
 
 UPLOADED = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.txt",
-    "*.tiktoken",
-    "*.py",
-    "recipe.yaml",
-    "*.md",
-    "*.html",
+    *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
+    *("*.py", "recipe.yaml", "*.md", "*.html"),
 )
 """What leaves the folder, of its top: not the run with its checkpoints, nothing hidden. And `evals/*.json`."""
 
 OPEN_LICENSES = frozenset(
-    ["afl-3.0", "apache-2.0", "bsd", "bsd-2-clause", "bsd-3-clause", "bigscience-openrail-m", "bigcode-openrail-m"]
-    + ["cc0-1.0", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-sa-3.0", "cc-by-sa-4.0", "cc-by-nc-4.0"]
-    + ["cc-by-nc-sa-4.0", "creativeml-openrail-m", "gpl-3.0", "agpl-3.0", "lgpl-3.0", "mit", "mpl-2.0", "ms-pl"]
-    + ["openrail", "openrail++", "unlicense"]
+    [
+        "afl-3.0",
+        "agpl-3.0",
+        "apache-2.0",
+        "bigcode-openrail-m",
+        "bigscience-openrail-m",
+        "bsd",
+        "bsd-2-clause",
+        "bsd-3-clause",
+        "cc-by-2.0",
+        "cc-by-3.0",
+        "cc-by-4.0",
+        "cc-by-nc-4.0",
+        "cc-by-nc-sa-4.0",
+        "cc-by-sa-3.0",
+        "cc-by-sa-4.0",
+        "cc0-1.0",
+        "creativeml-openrail-m",
+        "gpl-3.0",
+        "lgpl-3.0",
+        "mit",
+        "mpl-2.0",
+        "ms-pl",
+        "openrail",
+        "openrail++",
+        "unlicense",
+    ]
 )
 """Licences that let anyone pass on what was made from a model, some of them under conditions."""
 
@@ -59,6 +74,7 @@ CONDITIONS = {
 }
 """Licences of their own that permit derivatives; what they ask. A summary: read the licence."""
 
+NAME = "A name on the Hub has the form owner/name."
 LOGIN = "run `hf auth login` or set HF_TOKEN, with a token that may write."
 AGAIN = "Repeat the command: files that have arrived are not sent again."
 
@@ -93,11 +109,9 @@ def check_account(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except hub_errors.HFValidationError as error:
-        raise HubError(
-            f"{first_line(error)}.", place=repo, remedy="A name on the Hub has the form owner/name."
-        ) from None
+        raise HubError(f"{first_line(error)}.", place=repo, remedy=NAME) from None
     if repo.count("/") != 1:
-        raise HubError("names no owner.", place=repo, remedy="A name on the Hub has the form owner/name.")
+        raise HubError("names no owner.", place=repo, remedy=NAME)
     with _said(repo):
         account = HfApi().whoami()
     owners = [account["name"], *(group["name"] for group in account.get("orgs", []))]
@@ -120,7 +134,8 @@ def push(job: Push, say: Callable[[str], None]) -> str:
     metrics = _metrics(job.folder)
     _check_license(job, metrics["teacher"], say)
     check_account(job.repo)
-    private = metrics["teacher"]["gated"] if job.private is None else job.private
+    gated = metrics["teacher"].get("gated", True)  # runs before this was noted: nobody knows
+    private = gated if job.private is None else job.private
     with _said(job.repo), tempfile.TemporaryDirectory(prefix="linearize-push-") as work:
         staged = _stage(job, Path(work))
         _make_repo(job, private)
@@ -136,9 +151,8 @@ def push(job: Push, say: Callable[[str], None]) -> str:
 
 def _metrics(folder: Path) -> dict[str, Any]:
     """metrics.json of a whole student."""
-    missing = [
-        name for name in ("config.json", "metrics.json", "README.md", "recipe.yaml") if not (folder / name).is_file()
-    ]
+    needed = ("config.json", "metrics.json", "README.md", "recipe.yaml")
+    missing = [name for name in needed if not (folder / name).is_file()]
     if not any(folder.glob("*.safetensors")):
         missing.append("*.safetensors")
     if missing:
@@ -157,15 +171,11 @@ def _check_license(job: Push, teacher: dict[str, Any], say: Callable[[str], None
         say(f"The teacher's licence is {name}: {CONDITIONS[name]}.")
         return
     if name is None:
-        problem = (
-            f"the licence of the teacher {teacher['name']} is unknown; without one, nobody may pass on the student."
-        )
+        problem = f"the licence of the teacher {teacher['name']} is unknown; without one, nobody may pass it on."
     elif "-nd" in name:
         problem = f"the licence of the teacher {teacher['name']}, {name}, forbids derivatives, which the student is."
     else:
-        problem = (
-            f"the licence of the teacher {teacher['name']}, {name}, is not among those known to permit derivatives."
-        )
+        problem = f"the licence of the teacher {teacher['name']}, {name}, is not known to permit derivatives."
     if not job.accept_license:
         remedy = "Nothing was sent. If you have the right to publish it, add --accept-license."
         raise HubError(problem, place=str(job.folder), remedy=remedy)
@@ -236,7 +246,7 @@ def _explain(error: Exception) -> tuple[str, str]:
     while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # an upload wraps what stopped it
         cause = cause.__cause__
     if not isinstance(cause, hub_errors.HfHubHTTPError):
-        return f"the connection broke: {type(cause).__name__}: {first_line(error)}.", AGAIN  # type: ignore[arg-type]
+        return f"the connection broke: {type(cause).__name__}: {first_line(error)}.", AGAIN
     status = cause.response.status_code
     if status == 401:
         return "the Hub does not know this token.", f"To renew it, {LOGIN}"

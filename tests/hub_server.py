@@ -1,4 +1,4 @@
-"""A stand-in for the Hugging Face Hub on this machine: what huggingface_hub asks of it when it uploads and downloads."""
+"""A stand-in for the Hugging Face Hub on this machine: what huggingface_hub asks of it, up and down."""
 
 from __future__ import annotations
 

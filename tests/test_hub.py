@@ -216,7 +216,7 @@ def test_a_repository_of_somebody_elses(hub: Hub, student: Path, tmp_path: Path)
     [
         (None, "licence of the teacher owner/teacher is unknown"),
         ("cc-by-nc-nd-4.0", "cc-by-nc-nd-4.0, forbids derivatives"),
-        ("house-rules", "house-rules, is not among those known to permit derivatives"),
+        ("house-rules", "house-rules, is not known to permit derivatives"),
     ],
 )
 def test_a_licence_is_said_before_anything_leaves(
