@@ -1,30 +1,79 @@
-"""The model card of an exported student."""
+"""The model card of an exported student: metadata that the Hub reads, and a page that people read."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import yaml
+from huggingface_hub import EvalResult, ModelCardData
 
 from linearize.recipe import Recipe
 from linearize.stages import StageConfig
 
+PLACE = "path/to/this/folder"
+"""What a card calls the student until it has a name on the Hub."""
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card tells, all of it measured or read, none of it assumed."""
 
-    teacher: str
-    teacher_origin: str
-    license: str | None
-    text: str
-    device: str
-    seconds: float
-    perplexity: Sequence[Mapping[str, Any]]  # rows with source, length, student, teacher, ratio
-    versions: Mapping[str, str]
-    command: str
+_CARD = """---
+{metadata}
+---
+
+# Linear-attention student of {teacher}
+
+Softmax attention was replaced by `{mixer}` ({paper}), recipe `{recipe}`, with
+linearize; layers kept softmax: {kept}. Its decoding state does not grow with the
+text.
+
+| | |
+|---|---|
+| teacher | {origin} |
+| teacher's revision | {revision} |
+| teacher's file, sha256 | {sha256} |
+| teacher's licence | {license} |
+| training text | {text} |
+| tokens trained | {tokens:,} |
+| trained on | {device}, {seconds:,.0f} s, seed {seed} |
+
+{stages}
+
+## Results
+
+Perplexity on held-out text, in windows of the given length without context before them:
+
+| text | length | teacher | student | ratio |
+|---|---|---|---|---|
+{rows}
+
+## Limits
+
+- Trained at up to {length:,} tokens; beyond that a student may fall behind further: measure with `linearize eval`.
+- {tokens:,} tokens do not make up for all that softmax attention can look up. Perplexity rewards the last tokens of a
+  text; recall over long contexts has to be measured apart.
+- It inherits what its teacher can and cannot do, and its licence.
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}", trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+prompt = tokenizer("The history of the sea", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
+```
+
+Where linearize is installed, `import linearize` takes the place of `trust_remote_code=True` and brings GPU kernels.
+Check it with `linearize doctor {place}`.
+
+## Reproduce
+
+```
+{command}
+```
+
+Versions: {versions}. Recipe hash {digest}; the full recipe is `recipe.yaml`, every number is in `metrics.json`.
+"""
 
 
 def _lengths(stage: StageConfig) -> str:
@@ -32,66 +81,82 @@ def _lengths(stage: StageConfig) -> str:
     return ", then ".join(f"{piece.length:,}" for piece in stage.pieces())
 
 
-def model_card(recipe: Recipe, facts: CardFacts) -> str:
-    """README.md of the exported folder, with metadata that the Hub reads."""
-    metadata = {
-        "base_model": facts.teacher,
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["linearize", "linear-attention", recipe.mixer.kind],
-    }
-    if facts.license is not None:
-        metadata["license"] = facts.license
-    rows = "\n".join(
+def model_card(recipe: Recipe, metrics: Mapping[str, Any], place: str = PLACE) -> str:
+    """README.md of a student.
+
+    Args:
+        recipe: what it was made with.
+        metrics: what metrics.json holds; all of it measured or read, none of it assumed.
+        place: folder or Hub name to load it from.
+    """
+    teacher = metrics["teacher"]
+    stages = [f"- `{stage.kind}`: {stage.tokens:,} tokens of length {_lengths(stage)}" for stage in recipe.stages]
+    rows = [
         f"| {row['source']} | {row['length']:,} | {row['teacher']:.2f} | {row['student']:.2f} | {row['ratio']:.2f} |"
-        for row in facts.perplexity
+        for row in metrics["perplexity"]
         if row["ratio"] is not None
+    ]
+    versions = metrics["versions"].items()
+    return _CARD.format(
+        metadata=metadata(recipe, metrics).to_yaml(),
+        teacher=teacher["name"],
+        mixer=recipe.mixer.kind,
+        paper=_paper(recipe.paper),
+        recipe=recipe.name,
+        kept="none" if recipe.keep_softmax == "none" else str(recipe.keep_softmax),
+        origin=teacher["origin"],
+        revision=teacher["revision"] or "none: not from the Hub",
+        sha256=teacher["sha256"] or "not one file",
+        license=teacher["license"] or "unknown: ask whoever made the teacher",
+        text=metrics["text"]["name"],
+        tokens=recipe.tokens,
+        device=metrics["device"],
+        seconds=sum(stage["seconds"] for stage in metrics["stages"]),
+        seed=metrics["seed"],
+        stages="\n".join(stages),
+        rows="\n".join(rows),
+        length=max(stage.length for stage in recipe.stages),
+        place=place,
+        command=metrics["command"],
+        versions=", ".join(f"{name} {number}" for name, number in versions),
+        digest=metrics["recipe_hash"],
     )
-    stages = "\n".join(
-        f"- `{stage.kind}`: {stage.tokens:,} tokens of length {_lengths(stage)}" for stage in recipe.stages
+
+
+def metadata(recipe: Recipe, metrics: Mapping[str, Any]) -> ModelCardData:
+    """What the Hub reads: base model, licence, tags, data sets, languages, and the perplexities as a model index."""
+    teacher, data_set, results = metrics["teacher"], metrics["text"]["dataset"], _results(metrics["perplexity"])
+    return ModelCardData(
+        base_model=teacher["hub"],
+        base_model_relation=None if teacher["hub"] is None else "finetune",
+        license=teacher["license"],
+        language=list(teacher["languages"]) or None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["linearize", "linear-attention", recipe.mixer.kind],
+        datasets=None if data_set is None else [data_set],
+        model_name=None if results is None else f"{teacher['name'].rpartition('/')[2]}-{recipe.name}",
+        eval_results=results,
     )
-    kept = "none" if recipe.keep_softmax == "none" else str(recipe.keep_softmax)
-    return f"""---
-{yaml.safe_dump(metadata, sort_keys=False).strip()}
----
 
-# Linear-attention student of {facts.teacher}
 
-Made with linearize: softmax attention was replaced by `{recipe.mixer.kind}`
-({recipe.paper or "no paper"}), recipe `{recipe.name}`; layers kept softmax: {kept}.
+def _results(rows: Sequence[Mapping[str, Any]]) -> list[EvalResult] | None:
+    """One result a text and length; a model index without results is not valid."""
+    found = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=row["source"],
+            dataset_name=f"{row['source']}, windows of {row['length']:,} tokens",
+            metric_type="perplexity",
+            metric_name="perplexity",
+            metric_value=round(row["student"], 4),
+        )
+        for row in rows
+    ]
+    return found or None
 
-Teacher: {facts.teacher_origin}
-Training text: {facts.text}
 
-{stages}
-
-Perplexity on held-out text, windows without context before them:
-
-| text | length | teacher | student | ratio |
-|---|---|---|---|---|
-{rows}
-
-Training took {facts.seconds:,.0f} s on {facts.device}. Beyond the training length a student may fall behind further:
-measure with `linearize eval`.
-
-## Use
-
-```python
-import linearize  # registers the classes
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
-tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
-```
-
-Check it with `linearize doctor path/to/this/folder`.
-
-## Reproduce
-
-```
-{facts.command}
-```
-
-Versions: {", ".join(f"{name} {number}" for name, number in facts.versions.items())}. The full recipe is `recipe.yaml`,
-every number is in `metrics.json`.
-"""
+def _paper(arxiv: str) -> str:
+    """A link, where the recipe names a paper by its arXiv id."""
+    number = re.search(r"\d{4}\.\d{5}", arxiv)
+    return arxiv or "no paper" if number is None else f"[arXiv {number[0]}](https://arxiv.org/abs/{number[0]})"

@@ -14,7 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
-from linearize.commands import families, recipes, report, speed, targets
+from linearize.commands import families, hub, recipes, report, speed, targets
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -42,6 +42,7 @@ app.command("cache-targets")(targets.cache_targets)
 app.command("families")(families.list_families)
 app.command("speed")(speed.speed)
 app.command("report")(report.report)
+app.command()(hub.push)
 
 
 @app.command()
@@ -77,6 +78,9 @@ def convert(
         bool,
         typer.Option("--stream-layers", help="Keep frozen layers in host memory, on the GPU only while they compute."),
     ] = False,
+    push: Annotated[str | None, typer.Option(help="owner/name on the Hub: upload the student when it is done.")] = None,
+    private: hub.PrivateOption = None,
+    accept_license: hub.AcceptLicenseOption = False,
 ) -> None:
     """Convert a teacher into a student, train it, write it, and measure both.
 
@@ -102,7 +106,11 @@ def convert(
         compile_mixers,
         stream_layers,
     )
+    if push is not None:
+        hub.check(push)
     out_console.print(conversion_report(run_conversion(job, log_console)))
+    if push is not None:
+        hub.push(out, push, private, accept_license=accept_license)
 
 
 @app.command()

@@ -49,6 +49,10 @@ class RunError(LinearizeError):
     """A run that cannot start, go on or be written."""
 
 
+class HubError(LinearizeError):
+    """A student that cannot be put on the Hub."""
+
+
 class NonFiniteLossError(RunError):
     """The loss became NaN or infinite; training stopped before the optimiser step."""
 

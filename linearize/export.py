@@ -20,21 +20,16 @@ from linearize.adapters import merge_lora
 from linearize.errors import RunError
 from linearize.modeling import STUDENT_CLASSES, student_config
 from linearize.recipe import Recipe
+from linearize.remote_code import FILE as REMOTE_CODE_FILE
+from linearize.remote_code import remote_code
 from linearize.surgery import Graft, base_model_type
 
 PROBE_FILE = "probe.safetensors"
 """Logits of the trained student on a few tokens, for `linearize doctor` to compare a loaded one with."""
 
-_REMOTE_CODE = '''"""Lets `trust_remote_code=True` find the classes of this student; linearize must be installed."""
-
-from linearize.modeling import {config}, {model}
-
-__all__ = ["{config}", "{model}"]
-'''
-
 
 def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
-    """Merge the adapters and write the student: weights, config, tokenizer, recipe, code stub and probe.
+    """Merge the adapters and write the student: weights, config, tokenizer, recipe, code and probe.
 
     Written aside first and moved into `folder` file by file, config.json last: a folder with a config.json is whole.
 
@@ -53,8 +48,9 @@ def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Rec
         aside.mkdir(parents=True)
         student = _as_student(graft, recipe)
         save_model(student, aside)
-        code = _REMOTE_CODE.format(config=type(student.config).__name__, model=type(student).__name__)
-        (aside / "modeling_linearized.py").write_text(code)
+        names = type(student.config).__name__, type(student).__name__
+        code = remote_code(base_model_type(graft.model), recipe.mixer.kind, *names)
+        (aside / REMOTE_CODE_FILE).write_text(code, encoding="utf-8")
         tokenizer.save_pretrained(aside)
         save_file(probe(graft.model), aside / PROBE_FILE)
         (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -83,9 +79,10 @@ def _as_student(graft: Graft, recipe: Recipe) -> PreTrainedModel:
     config_class, model_class = STUDENT_CLASSES[base_model_type(teacher)]
     config = student_config(teacher.config, recipe.mixer, tuple(sorted(graft.students)))
     config.dtype = teacher.dtype
+    module = REMOTE_CODE_FILE.removesuffix(".py")
     config.auto_map = {
-        "AutoConfig": f"modeling_linearized.{config_class.__name__}",
-        "AutoModelForCausalLM": f"modeling_linearized.{model_class.__name__}",
+        "AutoConfig": f"{module}.{config_class.__name__}",
+        "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
     }
     with torch.device("meta"):
         student = model_class(config)

@@ -83,7 +83,36 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
             place="config.json, linearize.layers",
         )
     kept = tuple(index for index in range(len(layers)) if index not in entry["layers"])
-    graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept, replace_sliding=True))
+    grafted = graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept, replace_sliding=True))
+    for student in grafted.students.values():
+        _prepare_for_offloading(student.mixer)
+
+
+def _prepare_for_offloading(mixer: nn.Module) -> None:
+    """Accelerate may keep weights elsewhere (`device_map` with the CPU or a disk) and bring a module's when that module
+    is called; mixers read those of their parts directly, so they have to be brought with the mixer's own call.
+
+    Where the first call finds nothing offloaded, the hooks go: they would cost every call of every layer.
+    """
+
+    def offloaded() -> list[nn.Module]:
+        return [module for module in mixer.modules() if "_hf_hook" in vars(module)]
+
+    def fetch(_mixer: nn.Module, _heads: Any) -> None:
+        for module in offloaded():
+            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
+                module._hf_hook.pre_forward(module)  # type: ignore[operator, union-attr]
+
+    def leave(_mixer: nn.Module, _heads: Any, _mixed: Any) -> None:
+        found = offloaded()
+        for module in found:
+            module._hf_hook.post_forward(module, None)  # type: ignore[operator, union-attr]
+        if not found:
+            before.remove()
+            after.remove()
+
+    before = mixer.register_forward_pre_hook(fetch)
+    after = mixer.register_forward_hook(leave)
 
 
 def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
@@ -108,6 +137,7 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
 
     class Linearized(base_model):  # type: ignore[misc, valid-type]
         _keep_in_fp32_modules_strict = ["mixer"]
+        _keep_in_fp32_modules = [r".*\.mixer"]  # what quantisers leave alone: they match from the start of a name
 
         def __init__(self, config: PretrainedConfig) -> None:
             super().__init__(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 
 from linearize.adapters import lora_parameters
 from linearize.caching import Targets, check_targets, targets_of
-from linearize.card import CardFacts, model_card
+from linearize.card import model_card
 from linearize.checkpoint import load_latest, seed_all
 from linearize.data import Corpus, build_corpus, default_documents, heldout_from, open_documents, scheduled_rows
 from linearize.errors import DataError, RunError
@@ -257,17 +258,31 @@ def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, 
             "revision": teacher.revision,
             "sha256": teacher.sha256,
             "license": teacher.license,
+            "hub": teacher.hub,
+            "languages": list(teacher.languages),
+            "gated": teacher.gated,
             "attention": teacher.attention,
         },
         "recipe": recipe.name,
         "recipe_hash": recipe.digest(),
-        "text": {"name": corpus.name, "fingerprint": corpus.fingerprint, "epochs": corpus.epochs},
+        "text": {
+            "name": corpus.name,
+            "fingerprint": corpus.fingerprint,
+            "epochs": corpus.epochs,
+            "dataset": hub_data_set(corpus.name),
+        },
         "device": machine.name,
         "precision": machine.precision,
         "seed": recipe.seed,
         "versions": versions(),
         "command": _command(job),
     }
+
+
+def hub_data_set(name: str) -> str | None:
+    """The Hub id in the name of a corpus (`owner/name` or `owner/name:config`); None for local text."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(?::[\w.-]+)?", name)
+    return None if match is None or Path(name).exists() else match[1]
 
 
 def _command(job: Conversion) -> str:
@@ -396,15 +411,4 @@ def _document(recipe: Recipe, facts: dict[str, Any], result: Converted, folder: 
         "samples": {"prompt": PROMPT, "teacher": result.teacher.sample, "student": result.student.sample},
     }
     write_json(folder.student / "metrics.json", metrics)
-    card = CardFacts(
-        teacher=facts["teacher"]["name"],
-        teacher_origin=facts["teacher"]["origin"],
-        license=facts["teacher"]["license"],
-        text=facts["text"]["name"],
-        device=facts["device"],
-        seconds=sum(stage["seconds"] for stage in result.stages),
-        perplexity=table,
-        versions=facts["versions"],
-        command=facts["command"],
-    )
-    (folder.student / "README.md").write_text(model_card(recipe, card), encoding="utf-8")
+    (folder.student / "README.md").write_text(model_card(recipe, metrics), encoding="utf-8")

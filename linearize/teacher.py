@@ -48,6 +48,9 @@ class Teacher:
     sha256: str | None  # of the file, where the weights are one GGUF file
     license: str | None
     attention: str  # the attention implementation, and why that one
+    hub: str | None = None
+    languages: tuple[str, ...] = ()
+    gated: bool = False
 
 
 def load_teacher(
@@ -89,6 +92,9 @@ def load_teacher(
         sha256=checkpoint.sha256,
         license=checkpoint.license,
         attention=f"{implementation}: {why}",
+        hub=checkpoint.hub,
+        languages=checkpoint.languages,
+        gated=checkpoint.gated,
     )
 
 

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,7 @@ class ModelConfig(Config):
     hub: str
     revision: str | None = None
     license: str | None = None
+    languages: tuple[str, ...] = ()
     wheel: Wheel | None = None
 
 
@@ -111,6 +112,9 @@ class Checkpoint:
     revision: str | None = None
     sha256: str | None = None
     license: str | None = None
+    hub: str | None = None  # its Hub id, also where the files came from elsewhere
+    languages: tuple[str, ...] = ()
+    gated: bool = False  # the Hub asks everyone who fetches it to agree to something
 
 
 def known_models() -> tuple[str, ...]:
@@ -168,7 +172,17 @@ def _from_folder(folder: Path) -> Checkpoint:
         if ggufs:
             remedy = f"Pass the file itself: {folder / ggufs[0]}."
         raise TeacherError("has no config.json.", place=str(folder), remedy=remedy)
-    return Checkpoint(folder, folder.resolve().name, f"folder {folder}")
+    found = Checkpoint(folder, folder.resolve().name, f"folder {folder}")
+    card = folder / "README.md"
+    if not card.is_file():
+        return found
+    data = huggingface_hub.ModelCard(card.read_text(encoding="utf-8"), ignore_metadata_errors=True).data.to_dict()
+    return replace(found, license=data.get("license"), languages=_languages(data.get("language")))
+
+
+def _languages(named: object) -> tuple[str, ...]:
+    """The languages of a card, which names one or several."""
+    return (named,) if isinstance(named, str) else tuple(map(str, named)) if isinstance(named, list) else ()
 
 
 def _from_config(config: ModelConfig) -> Checkpoint:
@@ -180,11 +194,11 @@ def _from_config(config: ModelConfig) -> Checkpoint:
             raise
         log.warning("%s Using the Python wheel %s instead.", hub_error.problem, config.wheel.package)
         try:
-            return _from_wheel(config.wheel, config.license)
+            return replace(_from_wheel(config.wheel, config.license), hub=config.hub, languages=config.languages)
         except TeacherError as error:
             remedy = f"{error.remedy} (The Hub was tried first: {hub_error.problem})"
             raise TeacherError(error.problem, place=error.place, remedy=remedy) from error
-    return Checkpoint(found.folder, found.name, found.origin, revision=found.revision, license=config.license)
+    return replace(found, license=config.license, languages=config.languages or found.languages)
 
 
 def _from_hub(repo: str, revision: str | None) -> Checkpoint:
@@ -197,7 +211,9 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
             raise refusal from error
         reason = "HF_HUB_OFFLINE is set." if hub_constants.HF_HUB_OFFLINE else refusal.problem
         log.warning("using the copy of %s in the local Hub cache: %s", repo, reason)
-        return Checkpoint(cached, repo, f"{repo}@{cached.name} from the local Hub cache", revision=cached.name)
+        return Checkpoint(
+            cached, repo, f"{repo}@{cached.name} from the local Hub cache", revision=cached.name, hub=repo
+        )
     try:
         # By the revision's name, not by commit: this also records in the cache which commit the name stood for.
         folder = Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision)).parent
@@ -208,6 +224,9 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
             origin=f"{repo}@{folder.name} from the Hugging Face Hub",
             revision=folder.name,
             license=licenses[0] if licenses else None,
+            hub=repo,
+            languages=_languages(None if info.card_data is None else info.card_data.to_dict().get("language")),
+            gated=bool(info.gated),
         )
         read_config(found)
         wanted = _files_to_fetch(repo, [sibling.rfilename for sibling in info.siblings or []])

@@ -158,7 +158,9 @@ def test_shipped_models_name_hub_and_license() -> None:
 
 def test_misspelt_key_in_a_model_config(tmp_path: Path) -> None:
     (tmp_path / "x.yaml").write_text("hub: a/b\nlicence: mit\n")
-    with pytest.raises(TeacherError, match=r"x\.yaml: licence: extra inputs.*Keys: hub, revision, license, wheel"):
+    with pytest.raises(
+        TeacherError, match=r"x\.yaml: licence: extra inputs.*Keys: hub, revision, license, languages, wheel"
+    ):
         read_model_config(tmp_path / "x.yaml")
 
 

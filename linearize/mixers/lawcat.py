@@ -117,7 +117,8 @@ class Lawcat(StudentMixer):
         q_BTHF, k_BTHF, after = self._features(heads, timeline, tails)
         linear_state = None if state is None else LinearState(*state[3:5])
         gate = self._log_gate(heads)
-        other, exact_state = None, tuple[Tensor, ...]()
+        other: Branch | None = None
+        exact_state: MixerState = ()
         if self.window_factor_H is not None:
             exact = read(heads, timeline, self.local, None if state is None else local_state(state[5:]))
             o_BTHV, den_BTH = exact.attend()

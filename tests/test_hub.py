@@ -1,0 +1,337 @@
+"""A student goes to the Hub and comes back; what stands in the way is said first, and the token is in no word of it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard, constants
+from huggingface_hub.utils import _http
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from linearize.card import PLACE, metadata, model_card
+from linearize.cli import main
+from linearize.errors import HubError
+from linearize.export import export_student, load_student
+from linearize.hub import Push, check_account, push
+from linearize.recipe import Recipe, load_recipe
+from linearize.surgery import graft, plan_surgery
+from tests.hub_server import READ_ONLY, TOKEN, Hub, running_hub
+
+METRICS: dict[str, Any] = {
+    "model": "smollm2",
+    "teacher": {
+        "name": "owner/teacher",
+        "origin": "owner/teacher@abc from the Hugging Face Hub",
+        "revision": "abc",
+        "sha256": None,
+        "license": "apache-2.0",
+        "hub": "owner/teacher",
+        "languages": ["en"],
+        "gated": False,
+        "attention": "sdpa",
+    },
+    "recipe": "swa-sink",
+    "recipe_hash": "0123",
+    "text": {"name": "owner/text", "fingerprint": "x", "epochs": 1.0, "dataset": "owner/text"},
+    "device": "cpu",
+    "precision": "fp32",
+    "seed": 0,
+    "versions": {"linearize": "0.1.0"},
+    "command": "linearize convert --model smollm2 --recipe swa-sink --out out",
+    "perplexity": [{"source": "held-out", "length": 512, "teacher": 10.0, "student": 12.0, "ratio": 1.2}],
+    "untrained": {},
+    "stages": [{"name": "transfer", "seconds": 3.0}],
+}
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Recipe:
+    return load_recipe("swa-sink", ["mixer.window=8"])
+
+
+@pytest.fixture(scope="module")
+def exported(
+    make_teacher: Callable[..., PreTrainedModel], tokenizer: Any, recipe: Recipe, tmp_path_factory: Any
+) -> Path:
+    """A finished student in three shards."""
+    folder: Path = tmp_path_factory.mktemp("student")
+    model = make_teacher()
+    grafted = graft(model, plan_surgery(model, recipe.mixer, (1,)))
+    export_student(grafted, tokenizer, recipe, folder)
+    load_student(folder).save_pretrained(folder, max_shard_size="200KB")
+    (folder / "model.safetensors").unlink()
+    assert len(list(folder.glob("model-*.safetensors"))) > 2
+    (folder / "run").mkdir()
+    (folder / "run" / "checkpoint.bin").write_text("stays")
+    (folder / ".hidden.json").write_text("{}")
+    return folder
+
+
+@pytest.fixture
+def student(exported: Path, recipe: Recipe, tmp_path: Path) -> Path:
+    """A copy to push from; large files are links."""
+    folder = tmp_path / "student"
+    (folder / "run").mkdir(parents=True)
+    for path in exported.iterdir():
+        if path.is_file():
+            (folder / path.name).hardlink_to(path)
+    (folder / "run" / "checkpoint.bin").write_text("stays")
+    (folder / "evals").mkdir()
+    (folder / "evals" / "perplexity.json").write_text("[]")
+    write_metrics(folder, recipe)
+    return folder
+
+
+def write_metrics(folder: Path, recipe: Recipe, **teacher: Any) -> None:
+    metrics = {**METRICS, "teacher": {**METRICS["teacher"], **teacher}}
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "README.md").write_text(model_card(recipe, metrics))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    """The stand-in, as huggingface_hub's endpoint; a token that may write is set."""
+    with running_hub() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+        monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
+        monkeypatch.setattr(_http.time, "sleep", lambda _seconds: None)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield running
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+def test_pushed_and_loaded_by_another_process(
+    hub: Hub, student: Path, exported: Path, make_tokens: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    """Through the real client both ways: every byte of the weights, and a student that runs without linearize."""
+    said: list[str] = []
+    url = push(Push(student, "user/student"), said.append)
+    assert url.startswith(f"{hub.endpoint}/user/student/commit/")
+    files = hub.repos["user/student"].branches["main"]
+    for path in exported.glob("*.safetensors"):
+        assert files[path.name] == path.read_bytes()
+    assert {"config.json", "modeling_linearized.py", "recipe.yaml", "metrics.json", "README.md"} <= files.keys()
+    assert "evals/perplexity.json" in files
+    assert not any("run" in name.split("/") or name.startswith(".") for name in files)
+    assert PLACE not in files["README.md"].decode()
+    assert 'from_pretrained("user/student", trust_remote_code=True)' in files["README.md"].decode()
+    torch.save(make_tokens(1, 30), tmp_path / "tensor.pt")
+    code = """
+import hashlib, json, sys, torch
+from pathlib import Path
+from huggingface_hub import snapshot_download
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("user/student", trust_remote_code=True).eval()
+with torch.no_grad():
+    torch.save(model(torch.load(sys.argv[1]), use_cache=False).logits, sys.argv[1])
+assert "linearize" not in sys.modules
+folder = Path(snapshot_download("user/student"))
+print(json.dumps({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob("*.safetensors")}))
+"""
+    environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "HF_TOKEN")}
+    environment |= {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    environment |= {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, str(tmp_path / "tensor.pt")]
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    sent = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in exported.glob("*.safetensors")}
+    assert json.loads(done.stdout.splitlines()[-1]) == sent
+    with torch.no_grad():
+        expected = load_student(exported)(make_tokens(1, 30), use_cache=False).logits
+    assert torch.equal(torch.load(tmp_path / "tensor.pt"), expected)
+
+
+def test_a_dropped_connection_in_the_middle_of_an_upload(hub: Hub, student: Path) -> None:
+    hub.drops = 2
+    push(Push(student, "user/student"), quiet)
+    assert hub.drops == 0
+    names = {path.name for path in student.glob("*.safetensors")}
+    assert names <= hub.repos["user/student"].branches["main"].keys()
+
+
+def test_a_push_that_broke_off_goes_on(hub: Hub, student: Path) -> None:
+    """What had arrived is not sent again."""
+    hub.drop_after, hub.drops = 1, 10_000
+    with pytest.raises(HubError, match=r"user/student: the connection broke: .* Repeat the command: .* not sent again"):
+        push(Push(student, "user/student"), quiet)
+    arrived = list(hub.uploads)
+    assert arrived
+    assert hub.repos["user/student"].branches["main"] == {}
+    hub.drops = 0
+    push(Push(student, "user/student"), quiet)
+    assert len(hub.uploads) == len(set(hub.uploads)) == len(list(student.glob("*.safetensors")))
+    assert hub.uploads[: len(arrived)] == arrived
+
+
+def test_who_may_see_it(hub: Hub, student: Path, recipe: Recipe) -> None:
+    push(Push(student, "user/open"), quiet)
+    push(Push(student, "user/asked", private=True), quiet)
+    write_metrics(student, recipe, gated=True)
+    push(Push(student, "user/gated"), quiet)
+    push(Push(student, "team/public", private=False), quiet)
+    assert {name: repo.private for name, repo in hub.repos.items()} == {
+        "user/open": False,
+        "user/asked": True,
+        "user/gated": True,
+        "team/public": False,
+    }
+
+
+def test_a_branch(hub: Hub, student: Path) -> None:
+    push(Push(student, "user/student", revision="second"), quiet)
+    branches = hub.repos["user/student"].branches
+    assert branches["main"] == {}
+    assert "config.json" in branches["second"]
+    push(Push(student, "user/student", revision="second"), quiet)  # it exists now
+
+
+def test_a_repository_of_somebody_elses(hub: Hub, student: Path, tmp_path: Path) -> None:
+    push(Push(student, "user/student"), quiet)
+    push(Push(student, "user/student"), quiet)  # this folder made it
+    (student / "run" / "pushed.json").unlink()
+    with pytest.raises(HubError, match=r"user/student: exists already.*another name.*--update.*--revision"):
+        push(Push(student, "user/student"), quiet)
+    push(Push(student, "user/student", update=True), quiet)
+
+
+@pytest.mark.parametrize(
+    ("license", "said"),
+    [
+        (None, "licence of the teacher owner/teacher is unknown"),
+        ("cc-by-nc-nd-4.0", "cc-by-nc-nd-4.0, forbids derivatives"),
+        ("house-rules", "house-rules, is not known to permit derivatives"),
+    ],
+)
+def test_a_licence_is_said_before_anything_leaves(
+    hub: Hub, student: Path, recipe: Recipe, license: str | None, said: str
+) -> None:
+    write_metrics(student, recipe, license=license)
+    with pytest.raises(HubError, match=f"{said}.*Nothing was sent.*--accept-license"):
+        push(Push(student, "user/student"), quiet)
+    assert hub.received == []
+    words: list[str] = []
+    push(Push(student, "user/student", accept_license=True), words.append)
+    assert any(said in text for text in words)
+
+
+def test_conditions_of_a_licence_are_said(hub: Hub, student: Path, recipe: Recipe) -> None:
+    write_metrics(student, recipe, license="llama3.2")
+    words: list[str] = []
+    push(Push(student, "user/student"), words.append)
+    assert any("Built with Llama" in text for text in words)
+
+
+@pytest.mark.parametrize(
+    ("token", "repo", "said"),
+    [
+        (None, "user/student", r"user/student: there is no token\. .*hf auth login"),
+        ("hf_wrongwrongwrong", "user/student", r"user/student: the Hub does not know this token\. .*hf auth login"),
+        (READ_ONLY, "user/student", r"user/student: this token may not write there\. .*write access"),
+        (TOKEN, "stranger/student", r"account 'user' cannot write there\. It may write to: user, team"),
+        (TOKEN, "student", "student: names no owner. .*owner/name"),
+        (TOKEN, "user/a/b", "user/a/b: .*owner/name"),
+        (TOKEN, "user/wrong name", "user/wrong name: .*owner/name"),
+    ],
+)
+def test_refusals(
+    hub: Hub, student: Path, monkeypatch: pytest.MonkeyPatch, token: str | None, repo: str, said: str
+) -> None:
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    with pytest.raises(HubError, match=said) as caught:
+        push(Push(student, repo), quiet)
+    assert token is None or token not in str(caught.value)
+    assert hub.uploads == []
+
+
+def test_no_network(student: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(HubError, match=r"127.0.0.1:9/user/student: the connection broke: .*Repeat the command"):
+        check_account("user/student")
+
+
+def test_what_is_no_student(hub: Hub, student: Path, tmp_path: Path) -> None:
+    with pytest.raises(HubError, match=r"is no finished student: it lacks config\.json, .*finished conversion"):
+        push(Push(tmp_path / "nowhere", "user/student"), quiet)
+    text = (student / "README.md").read_text()
+    (student / "README.md").write_text(text.replace("license: apache-2.0", "license: [", 1))
+    with pytest.raises(HubError, match=r"README\.md: its metadata is not valid"):
+        push(Push(student, "user/student"), quiet)
+    assert hub.repos == {}
+
+
+def test_the_token_is_nowhere(
+    hub: Hub,
+    student: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Neither in what is printed, logged, uploaded or written, whether the push goes well or not."""
+    caplog.set_level(logging.DEBUG)
+    for token, repo in (
+        (TOKEN, "user/student"),
+        (TOKEN, "stranger/x"),
+        (READ_ONLY, "user/y"),
+        ("hf_badbadbadbad", "user/z"),
+    ):
+        monkeypatch.setenv("HF_TOKEN", token)
+        monkeypatch.setattr(sys, "argv", ["linearize", "push", str(student), repo])
+        try:
+            code = main()
+        except SystemExit as stopped:
+            code = stopped.code
+        assert code == (0 if repo == "user/student" else 2)
+        printed = "".join(capfd.readouterr())
+        written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+        uploaded = [content for repo in hub.repos.values() for content in repo.branches["main"].values()]
+        assert token not in printed
+        assert token not in caplog.text
+        assert not any(token.encode() in content for content in [*written, *uploaded])
+
+
+def test_the_card_is_valid(hub: Hub, recipe: Recipe) -> None:
+    """By huggingface_hub's own reading; its validate() asks the hub."""
+    card = ModelCard(model_card(recipe, METRICS, "user/student"))
+    card.validate()
+    data = card.data
+    assert data.base_model == "owner/teacher"
+    assert data.license == "apache-2.0"
+    assert data.language == ["en"]
+    assert data.datasets == ["owner/text"]
+    assert {"linearize", "linear-attention", "swa"} <= set(data.tags)
+    (result,) = data.eval_results
+    assert (result.metric_type, result.metric_value, result.dataset_type) == ("perplexity", 12.0, "held-out")
+    text = card.text
+    for part in (METRICS["command"], "arxiv.org/abs/2309.17453", "| held-out | 512 | 10.00 | 12.00 | 1.20 |", "abc"):
+        assert part in text
+    assert f"| tokens trained | {recipe.tokens:,} |" in text
+
+
+def test_a_card_of_which_little_is_known(recipe: Recipe) -> None:
+    teacher = {**METRICS["teacher"], "hub": None, "license": None, "languages": [], "revision": None, "sha256": "ff"}
+    metrics = {**METRICS, "teacher": teacher, "text": {**METRICS["text"], "dataset": None}, "perplexity": []}
+    said = metadata(recipe, metrics).to_dict()
+    assert said.keys() == {"library_name", "pipeline_tag", "tags"}
+    card = ModelCard(model_card(recipe, metrics))
+    assert "licence | unknown" in card.text
