@@ -17,7 +17,6 @@ from linearize.attention import StudentAttention, hand_padding_to_students, hand
 from linearize.config import Config
 from linearize.errors import SurgeryError, UnknownFamilyError, unknown_name
 from linearize.families import FAMILIES, NOT_TEXT, Fused, ModelFamily, family_of
-from linearize.families.inspection import propose
 from linearize.mixers import HeadShapes, MixerConfig, build_mixer
 from linearize.streaming import LayerStream
 
@@ -364,6 +363,8 @@ def _family_in(model: PreTrainedModel) -> ModelFamily:
     model_type = base_model_type(model)
     if model_type in FAMILIES or model_type in NOT_TEXT:
         return family_of(model_type)
+    from linearize.families.inspection import propose  # here, so that it does not travel with checkpoints
+
     found = propose(model)
     unknown = ", ".join(found.unknown) or "nothing that its modules show"
     raise UnknownFamilyError(

@@ -153,7 +153,7 @@ def test_every_piece_of_a_description_is_read(
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "smollm3", "gemma2"])
 def test_mixers_of_every_kind_run_on_its_heads(family: str, make_tokens: MakeTokens) -> None:
-    """Without RoPE, with partial RoPE, with RoPE in some layers, with wide heads: forward and step of each."""
+    """Without RoPE, with partial RoPE, in some layers, with wide heads: a forward and a step of each mixer."""
     ids = make_tokens(1, 40)
     for kind in KINDS:
         model = tiny_teacher(family)

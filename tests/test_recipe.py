@@ -308,6 +308,7 @@ CHANGES = [
     "mixer.bias=false",
     "mixer.features=8",
     "keep_softmax=none",
+    "replace_sliding=true",
     "stages.0.tokens=9M",
     "stages.0.length=512",
     "stages.0.objective={relative_mse: 2.0}",

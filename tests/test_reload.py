@@ -139,8 +139,8 @@ def test_every_student_layer_is_one_graph(folder_of: Callable[[str], Path], mixe
     x_BTD = torch.randn(2, 40, 64, generator=torch.Generator().manual_seed(3))
     places = model.rotary_emb(x_BTD, torch.arange(40)[None])
     layer = model.layers[1].self_attn
-    found, _ = torch.compile(layer, fullgraph=True, backend="eager")(x_BTD, places)
-    torch.testing.assert_close(found, layer(x_BTD, places)[0], rtol=1e-5, atol=1e-5)
+    found, _ = torch.compile(layer, fullgraph=True, backend="eager")(x_BTD, position_embeddings=places)
+    torch.testing.assert_close(found, layer(x_BTD, position_embeddings=places)[0], rtol=1e-5, atol=1e-5)
 
 
 def test_peft_on_top_of_a_student(folder_of: Callable[[str], Path], make_tokens: MakeTokens, tmp_path: Path) -> None:
