@@ -91,28 +91,21 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
 def _prepare_for_offloading(mixer: nn.Module) -> None:
     """Accelerate may keep weights elsewhere (`device_map` with the CPU or a disk) and bring a module's when that module
     is called; mixers read those of their parts directly, so they have to be brought with the mixer's own call.
-
-    Where the first call finds nothing offloaded, the hooks go: they would cost every call of every layer.
     """
-
-    def offloaded() -> list[nn.Module]:
-        return [module for module in mixer.modules() if "_hf_hook" in vars(module)]
+    parts = tuple(mixer.modules())
 
     def fetch(_mixer: nn.Module, _heads: Any) -> None:
-        for module in offloaded():
-            if any(parameter.is_meta for parameter in module.parameters(recurse=False)):
-                module._hf_hook.pre_forward(module)  # type: ignore[operator, union-attr]
+        for part in parts:
+            if "_hf_hook" in vars(part) and any(parameter.is_meta for parameter in part.parameters(recurse=False)):
+                part._hf_hook.pre_forward(part)  # type: ignore[operator, union-attr]
 
     def leave(_mixer: nn.Module, _heads: Any, _mixed: Any) -> None:
-        found = offloaded()
-        for module in found:
-            module._hf_hook.post_forward(module, None)  # type: ignore[operator, union-attr]
-        if not found:
-            before.remove()
-            after.remove()
+        for part in parts:
+            if "_hf_hook" in vars(part):
+                part._hf_hook.post_forward(part, None)  # type: ignore[operator, union-attr]
 
-    before = mixer.register_forward_pre_hook(fetch)
-    after = mixer.register_forward_hook(leave)
+    mixer.register_forward_pre_hook(fetch)
+    mixer.register_forward_hook(leave)
 
 
 def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:
