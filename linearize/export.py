@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
@@ -26,6 +29,12 @@ from linearize.surgery import Graft, base_model_type
 
 PROBE_FILE = "probe.safetensors"
 """Logits of the trained student on a few tokens, for `linearize doctor` to compare a loaded one with."""
+
+SHARD_SIZE = "4GB"
+"""Of a weight file: one that breaks off on its way to the Hub is what has to be sent again."""
+
+HEAD_ROWS = 8192
+"""Of the vocabulary that the probe multiplies at a time."""
 
 
 def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, folder: Path) -> None:
@@ -54,6 +63,10 @@ def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Rec
         tokenizer.save_pretrained(aside)
         save_file(probe(graft.model), aside / PROBE_FILE)
         (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
+        written = {path.name for path in aside.iterdir()}
+        for path in folder.glob("model*.safetensors*"):  # of an earlier export, in other shards
+            if path.name not in written:
+                path.unlink()
         for path in sorted(aside.iterdir(), key=lambda path: path.name == "config.json"):
             path.chmod(0o666 & ~_umask())  # safetensors writes files that only their owner may read
             os.replace(path, folder / path.name)
@@ -93,11 +106,11 @@ def _as_student(graft: Graft, recipe: Recipe) -> PreTrainedModel:
 
 
 def save_model(student: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained` without a progress bar."""
+    """`save_pretrained` without a progress bar, in shards; the tensors are written from where they lie."""
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
-        student.save_pretrained(folder)
+        student.save_pretrained(folder, max_shard_size=SHARD_SIZE)
     finally:
         if shown:
             hf_logging.enable_progress_bar()
@@ -122,9 +135,33 @@ def probe_logits(model: PreTrainedModel, ids: Tensor, entries: Tensor) -> Tensor
     """Logits [4, E] in fp32 on the CPU."""
     training = model.training
     model.eval()
-    logits = model(ids.to(model.device), use_cache=False, logits_to_keep=4).logits[0]
+    with _head_in_pieces(model):
+        logits = model(ids.to(model.device), use_cache=False, logits_to_keep=4).logits[0]
     model.train(training)
     return logits[:, entries.to(logits.device)].float().cpu().contiguous()
+
+
+@contextmanager
+def _head_in_pieces(model: PreTrainedModel) -> Iterator[None]:
+    """Inside, a plain head on the CPU multiplies a part of the vocabulary at a time.
+
+    oneDNN repacks a bf16 matrix to multiply with it: for the head of a small model that is a fifth of all its weights.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is not nn.Linear or head.weight.device.type != "cpu" or "forward" in vars(head):
+        yield
+        return
+
+    def forward(x_BTD: Tensor) -> Tensor:
+        biases = [None] * len(head.weight) if head.bias is None else head.bias.split(HEAD_ROWS)
+        parts = zip(head.weight.split(HEAD_ROWS), biases, strict=False)
+        return torch.cat([F.linear(x_BTD, rows, bias) for rows, bias in parts], dim=-1)
+
+    head.forward = forward  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        del head.forward
 
 
 def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:

@@ -34,33 +34,12 @@ UPLOADED = (
 """What leaves the folder, of its top: not the run with its checkpoints, nothing hidden. And `evals/*.json`."""
 
 OPEN_LICENSES = frozenset(
-    [
-        "afl-3.0",
-        "agpl-3.0",
-        "apache-2.0",
-        "bigcode-openrail-m",
-        "bigscience-openrail-m",
-        "bsd",
-        "bsd-2-clause",
-        "bsd-3-clause",
-        "cc-by-2.0",
-        "cc-by-3.0",
-        "cc-by-4.0",
-        "cc-by-nc-4.0",
-        "cc-by-nc-sa-4.0",
-        "cc-by-sa-3.0",
-        "cc-by-sa-4.0",
-        "cc0-1.0",
-        "creativeml-openrail-m",
-        "gpl-3.0",
-        "lgpl-3.0",
-        "mit",
-        "mpl-2.0",
-        "ms-pl",
-        "openrail",
-        "openrail++",
-        "unlicense",
-    ]
+    (
+        *("afl-3.0", "agpl-3.0", "apache-2.0", "bigcode-openrail-m", "bigscience-openrail-m", "bsd", "bsd-2-clause"),
+        *("bsd-3-clause", "cc-by-2.0", "cc-by-3.0", "cc-by-4.0", "cc-by-nc-4.0", "cc-by-nc-sa-4.0", "cc-by-sa-3.0"),
+        *("cc-by-sa-4.0", "cc0-1.0", "creativeml-openrail-m", "gpl-3.0", "lgpl-3.0", "mit", "mpl-2.0", "ms-pl"),
+        *("openrail", "openrail++", "unlicense"),
+    )
 )
 """Licences that let anyone pass on what was made from a model, some of them under conditions."""
 
