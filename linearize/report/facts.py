@@ -65,7 +65,8 @@ class RunFacts:
     @property
     def probed(self) -> bool:
         """Whether a branch was switched off and measured."""
-        return any(row.model in BRANCHES for row in [*self.perplexity, *self.recall])
+        models = {row.model for row in self.perplexity} | {row.model for row in self.recall}
+        return not models.isdisjoint(BRANCHES)
 
     @property
     def missing(self) -> list[tuple[str, str]]:
