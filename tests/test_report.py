@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -200,6 +201,10 @@ def test_numbers_lie_beside_the_page(run: Path, html: str) -> None:
     (heldout,) = [chart for chart in numbers["charts"] if chart["key"] == "heldout"]
     assert heldout["series"][0]["points"][0][:2] == [0.0, 3.0]
     assert heldout["series"][0]["points"][-1][:2] == [40_000.0, 1.4]
+    (ratio,) = [chart for chart in numbers["charts"] if chart["key"] == "ratio"]
+    assert [point[:2] for point in ratio["series"][0]["points"]] == [
+        [n, pytest.approx(math.exp(0.1))] for n in (64, 256, 1024)
+    ]
 
 
 def test_a_run_that_has_not_ended_says_what_is_missing(tmp_path: Path) -> None:

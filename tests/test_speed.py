@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,33 @@ def test_every_length_leaves_a_row_and_what_does_not_fit_says_so(
     states = {(row.model, row.length): row.state_bytes for row in kept if row.mode == "decode"}
     assert states["student", 16] == states["student", 32]
     assert states["teacher", 32] == 2 * (states["teacher", 16] or 0)
+
+
+def test_the_fastest_kernel_counts_and_one_that_refuses_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    now: list[str] = []
+
+    @contextmanager
+    def chosen(kernel: str | None) -> Iterator[None]:
+        now.append(str(kernel))
+        yield
+
+    def run(count: int) -> list[float]:
+        if now[-1] == "flash":
+            raise RuntimeError("No available kernel. Aborting execution.\nmore")
+        return [{"cuDNN": 2.0, "memory-efficient": 1.0}[now[-1]]] * count
+
+    monkeypatch.setattr(module, "_with_kernel", chosen)
+    expected = ("memory-efficient", "flash refused: No available kernel. Aborting execution.")
+    assert module._fastest_kernel(run, 3) == expected
+
+
+def test_what_fits_with_no_kernel_is_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(count: int) -> list[float]:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(module, "_with_kernel", lambda kernel: nullcontext())
+    with pytest.raises(torch.OutOfMemoryError):
+        module._fastest_kernel(run, 3)
 
 
 def test_the_command_prints_a_table(folders: tuple[Path, Path]) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -162,48 +162,64 @@ def _row(subject: Subject, settings: SpeedSettings, length: int, mode: Mode) -> 
     if measured is None:
         unknown = dict.fromkeys(("seconds", "tokens_per_second", "peak_memory_bytes", "state_bytes"))
         return SpeedRow(**common, **unknown, attention=subject.attention, out_of_memory=True)
-    kernel, seconds, peak, state = measured
-    middle = median(seconds)
+    middle = median(measured.seconds)
+    notes = ["keys and values in memory taken once"] if subject.softmax and mode == "decode" else []
     return SpeedRow(
         **common,
         seconds=middle,
         tokens_per_second=settings.batch * (length if mode == "prefill" else 1) / middle,
-        peak_memory_bytes=peak,
-        state_bytes=state,
-        attention=subject.attention + (f" ({kernel})" if kernel else ""),
+        peak_memory_bytes=measured.peak_memory_bytes,
+        state_bytes=measured.state_bytes,
+        attention=subject.attention + (f" ({measured.kernel})" if measured.kernel else ""),
         runs=count,
-        note="keys and values in memory taken once" if subject.softmax and mode == "decode" else "",
+        note="; ".join([*notes, *([measured.refused] if measured.refused else [])]),
     )
 
 
-def _measured(
-    subject: Subject, ids_BT: Tensor, mode: Mode, count: int
-) -> tuple[str | None, list[float], int | None, int]:
-    """The fastest kernel's name, its timings, the peak of memory and the bytes of state after the context."""
+class _Measured(NamedTuple):
+    """What one task took; `kernel` is the fastest of softmax attention, `refused` says which others did not run."""
+
+    kernel: str | None
+    seconds: list[float]
+    peak_memory_bytes: int | None
+    state_bytes: int
+    refused: str
+
+
+def _measured(subject: Subject, ids_BT: Tensor, mode: Mode, count: int) -> _Measured:
+    """Time a task with the fastest kernel.
+
+    Raises:
+        RuntimeError: among others torch.OutOfMemoryError, when it fits with no kernel.
+    """
     device = ids_BT.device
     run, state = TASKS[mode](subject, ids_BT, count)
-    kernel = None
+    kernel, refused = None, ""
     if subject.softmax and device.type == "cuda":
-        speeds = {name: speed for name in KERNELS if (speed := _tried(run, name, TRIES[mode])) is not None}
-        assert speeds, "no kernel of softmax attention runs"
-        kernel = min(speeds, key=speeds.__getitem__)
+        kernel, refused = _fastest_kernel(run, TRIES[mode])
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with _with_kernel(kernel):
         seconds = run(count)
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-    return kernel, seconds, peak, state()
+    return _Measured(kernel, seconds, peak, state(), refused)
 
 
-def _tried(run: Run, kernel: str, count: int) -> float | None:
-    """Seconds with a kernel; None where it does not take these shapes."""
-    try:
-        with _with_kernel(kernel):
-            return median(run(count))
-    except RuntimeError as error:
-        if "No available kernel" in str(error):
-            return None
-        raise
+def _fastest_kernel(run: Run, count: int) -> tuple[str, str]:
+    """The fastest kernel, and why others do not run: PyTorch tells by many kinds of RuntimeError."""
+    speeds: dict[str, float] = {}
+    faults: dict[str, RuntimeError] = {}
+    for name in KERNELS:
+        try:
+            with _with_kernel(name):
+                speeds[name] = median(run(count))
+        except RuntimeError as error:
+            faults[name] = error.with_traceback(None)  # its frames hold memory
+        _release()
+    if not speeds:
+        raise next((fault for fault in faults.values() if _is_out_of_memory(fault)), faults[next(iter(KERNELS))])
+    refused = "; ".join(f"{name} refused: {str(fault).splitlines()[0]}" for name, fault in faults.items())
+    return min(speeds, key=speeds.__getitem__), refused
 
 
 def _with_kernel(kernel: str | None) -> AbstractContextManager[None]:

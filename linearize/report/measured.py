@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from linearize.evals.crossover import Cost, crossover
 from linearize.evals.records import BRANCHES, DiagnosticRow, PerplexityRow, RecallRow, SpeedRow
-from linearize.report.charts import Chart, Format, Heat, Lines, Point
+from linearize.report.charts import Chart, Format, Heat, Lines, Point, Series
 from linearize.report.facts import RunFacts
 from linearize.report.voices import Voice, lines, voices
 
 
 def perplexity_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     """By length, and by position within the longest windows, for every source."""
-    found: list[Chart] = []
+    found = _ratios(runs)
     for source in _unique(row.source for run in runs for row in run.perplexity):
         title = f"Perplexity by length: {source}"
         found += _perplexity(f"perplexity-{source}", title, source, runs, voices(runs))
@@ -32,6 +32,34 @@ def perplexity_charts(runs: Sequence[RunFacts]) -> list[Chart]:
         title = f"Loss by position in {longest:,} tokens: {source}"
         found.append(Lines(f"positions-{source}", title, "position", "nats a token", series, log_x=True))
     return found
+
+
+def _ratios(runs: Sequence[RunFacts]) -> list[Chart]:
+    """Perplexity over the teacher's by length: of one run for every source, of several the mean over sources."""
+    found: list[Series] = []
+    for tone, run in enumerate(runs):
+        nll = {(row.model, row.source, row.length): row.nll for row in run.perplexity}
+        gaps: dict[str, dict[int, float]] = {}
+        for (model, source, length), value in nll.items():
+            if model == "student" and ("teacher", source, length) in nll:
+                gaps.setdefault(source, {})[length] = value - nll["teacher", source, length]
+        if len(runs) == 1:
+            found += [Series(source, _exponentials(gap), n) for n, (source, gap) in enumerate(gaps.items())]
+        elif gaps:
+            lengths = set.intersection(*(set(gap) for gap in gaps.values()))
+            mean = {length: sum(gap[length] for gap in gaps.values()) / len(gaps) for length in lengths}
+            found.append(Series(run.name, _exponentials(mean), tone))
+    found = [series for series in found if series.points]
+    if not found:
+        return []
+    title = "Perplexity of the student over its teacher's"
+    note = "1 is the teacher." if len(runs) == 1 else "1 is the teacher; means over sources, of the logarithms."
+    axes = ("tokens a window", "ratio", tuple(found))
+    return [Lines("ratio", title, *axes, log_x=True, log_y=True, marks=_trained(runs), note=note)]
+
+
+def _exponentials(gaps: Mapping[int, float]) -> tuple[Point, ...]:
+    return tuple(Point(length, math.exp(gap)) for length, gap in sorted(gaps.items()))
 
 
 def _perplexity(key: str, title: str, source: str, runs: Sequence[RunFacts], speakers: Sequence[Voice]) -> list[Lines]:

@@ -163,7 +163,9 @@ def _cell(measure: Measure, value: float | None, error: float | None) -> str:
     if value is None:
         return "–"
     shown = FORMATS[measure.format](value)
-    return shown if error is None else f"{shown} ± {FORMATS[measure.format](error)}"
+    if error is None:
+        return shown
+    return f"{shown} ± {f'{error:.2g}' if measure.format == 'exact' else FORMATS[measure.format](error)}"
 
 
 def _result_table(found: Sequence[Measure]) -> Markup:
@@ -282,6 +284,12 @@ def _speed_notes(runs: Sequence[RunFacts]) -> Markup | None:
         if not run.speed:
             continue
         whose = "" if len(runs) == 1 else f", {run.name}"
+        for batch in dict.fromkeys(row.batch for row in run.speed):
+            rows = [row for row in run.speed if row.batch == batch]
+            for mode, title, cost, *_ in COSTS:
+                crossed = crossover(rows, mode, cost)
+                if crossed is not None:
+                    said.append((f"{title.lower()}, batch {batch}{whose}", crossed.in_words()))
         said.append((f"device{whose}", run.made["speed"].device))
         hows = {
             f"{r.model}, {r.mode}: {r.dtype}, {r.attention}{', CUDA graph' if r.cuda_graph else ''}"
@@ -289,12 +297,6 @@ def _speed_notes(runs: Sequence[RunFacts]) -> Markup | None:
             for r in run.speed
         }
         said += [(f"timed{whose}", how) for how in sorted(hows)]
-        for batch in dict.fromkeys(row.batch for row in run.speed):
-            rows = [row for row in run.speed if row.batch == batch]
-            for mode, title, cost, *_ in COSTS:
-                crossed = crossover(rows, mode, cost)
-                if crossed is not None:
-                    said.append((f"{title.lower()}, batch {batch}{whose}", crossed.in_words()))
     return _definitions(said) if said else None
 
 

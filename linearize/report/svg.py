@@ -53,6 +53,8 @@ def _lines(chart: Lines) -> Markup:
     x = Scale(x_low, x_high, LEFT, WIDTH - RIGHT, chart.log_x)
     y = Scale(y_low, y_high, HEIGHT - BOTTOM, TOP, chart.log_y)
     x_ticks = measured_ticks(p.x for p in points) if chart.log_x else ticks(x_low, x_high, log=False, most=5)
+    if chart.x_format == "count":
+        x_ticks = [value for value in x_ticks if value == round(value)]
     parts = [_text(8, 13, chart.y_label, "label", "start")]
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 6, chart.x_label, "label", "end"))
     for value in ticks(y_low, y_high, log=chart.log_y):
