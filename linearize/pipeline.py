@@ -33,7 +33,8 @@ from linearize.report import write_report
 from linearize.run_folder import RunFolder, open_run_folder, write_json
 from linearize.stages import Stage, build_stage, check_stages
 from linearize.stages.distil import Distil, DistilConfig
-from linearize.surgery import Graft, Swap, graft, plan_surgery, stream_layers, with_frozen_teacher
+from linearize.streaming import stream_layers
+from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
 from linearize.train import Batches, FitSettings, Run, check_budget, fit
 

@@ -24,7 +24,9 @@ FILE = "modeling_linearized.py"
 ROOT = "linearize.modeling"
 STAND_INS = {"pydantic": "pydantic", "linearize.config": "config", "linearize_kernels.backend": "backend"}
 PACKAGES = ("linearize", "linearize_kernels")
-STAYS = 'raise RuntimeError("this needs the Triton kernels, which come with linearize")'
+BASE, WATCHING = "StudentMixer", ("row_weights", "readings")
+"""Methods of a mixer that objectives and monitors ask for stay at home: the base class answers that there are none."""
+STAYS = 'raise RuntimeError("this part comes with linearize: pip install linearize")'
 
 _HEADER = '''"""{model}: {causal_lm} with student layers (mixer `{kind}`).
 
@@ -211,7 +213,8 @@ class _Bundle:
     def _written(self, source: Source, node: ast.stmt) -> str:
         """A statement with the names of this file, the entries that travel, and without the blocks that stay."""
         start, stop = source.whole(node)
-        edits = [*_without_blocks(source, node), *_without_entries(source, node), *self._renamed(source, node)]
+        left = [*_without_blocks(source, node), *_without_entries(source, node), *_without_watching(source, node)]
+        edits = [*left, *self._renamed(source, node)]
         text = source.text[:stop]
         for first, last, new in sorted(edits, reverse=True):
             text = text[:first] + new.encode() + text[last:]
@@ -272,6 +275,19 @@ def _without_blocks(source: Source, node: ast.stmt) -> Iterator[Edit]:
         yield source.span(block[0])[0], source.span(block[-1])[1], STAYS
 
 
+def _watching(node: ast.stmt) -> list[tuple[ast.stmt, ast.stmt]]:
+    """A mixer's methods that stay at home, each with the statement before it."""
+    if not isinstance(node, ast.ClassDef) or BASE not in [ast.unparse(base) for base in node.bases]:
+        return []
+    pairs = zip(node.body, node.body[1:], strict=False)
+    return [(before, x) for before, x in pairs if isinstance(x, ast.FunctionDef) and x.name in WATCHING]
+
+
+def _without_watching(source: Source, node: ast.stmt) -> Iterator[Edit]:
+    for before, method in _watching(node):
+        yield source.span(before)[1], source.span(method)[1], ""
+
+
 def _entries(source: Source, node: ast.stmt) -> tuple[list[ast.expr], list[ast.expr]]:
     """The entries of a table, those that travel and those that do not; none where the statement is no such table."""
     names = _defined(node)
@@ -306,7 +322,7 @@ def _without_entries(source: Source, node: ast.stmt) -> Iterator[Edit]:
 def _names(source: Source, node: ast.stmt) -> list[ast.Name]:
     """The names that a statement mentions, but for those in what stays behind."""
     _, left = _entries(source, node)
-    skipped: set[ast.AST] = set(left)
+    skipped: set[ast.AST] = {*left, *(method for _, method in _watching(node))}
     for block in _blocks(node):
         skipped |= set(block)
     found: list[ast.Name] = []

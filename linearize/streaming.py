@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from linearize.surgery import WeightStream, decoder_layers
 
 ALIGNMENT = 256
 """Bytes at whose multiples a weight begins within its buffer, as the allocator of CUDA has it."""
@@ -145,8 +148,13 @@ class LayerStream:
         slot.layer = None
 
 
+def stream_layers(model: PreTrainedModel, device: torch.device) -> LayerStream:
+    """Stream a frozen model's decoder layers to `device`, from before surgery on; all else moves there."""
+    return LayerStream(model, list(decoder_layers(model)), device)
+
+
 @contextmanager
-def recompute(layers: Sequence[nn.Module], stream: LayerStream | None = None) -> Iterator[None]:
+def recompute(layers: Sequence[nn.Module], stream: WeightStream | None = None) -> Iterator[None]:
     """Inside, forward passes keep only the input of each decoder layer; the backward pass computes the rest again.
 
     It is transformers' own gradient checkpointing, which wants its layers in train mode: nothing in a decoder layer but
@@ -166,7 +174,7 @@ def recompute(layers: Sequence[nn.Module], stream: LayerStream | None = None) ->
             del layer._gradient_checkpointing_func
 
 
-def _run_twice(index: int, stream: LayerStream | None, function: Callable[..., Any], *arguments: Any) -> Any:
+def _run_twice(index: int, stream: WeightStream | None, function: Callable[..., Any], *arguments: Any) -> Any:
     """Run a layer's forward now and again in the backward pass, for which its weights are fetched once more."""
     runs = 0
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +18,6 @@ from linearize.config import Config
 from linearize.errors import SurgeryError, UnknownFamilyError, unknown_name
 from linearize.families import FAMILIES, NOT_TEXT, Fused, ModelFamily, family_of
 from linearize.mixers import HeadShapes, MixerConfig, build_mixer
-from linearize.streaming import LayerStream
 
 
 class EveryNth(Config):
@@ -52,6 +51,16 @@ class Swap:
     state_bytes: int  # of decoding state per sequence
 
 
+class WeightStream(Protocol):
+    """Brings the frozen weights of decoder layers to the device (`linearize.streaming`)."""
+
+    def fetch(self, index: int, down: bool = False) -> None:
+        """Have a layer's weights on the device, and the next one's on their way: that above, or that below."""
+
+    def close(self) -> None:
+        """Bring all of the model together in host memory."""
+
+
 @dataclass(frozen=True)
 class Graft:
     """A model with student layers.
@@ -69,7 +78,7 @@ class Graft:
     students: dict[int, StudentAttention]
     teacher: "Graft | None" = None
     raised: dict[nn.Parameter, torch.dtype] = field(default_factory=dict)
-    stream: LayerStream | None = None
+    stream: WeightStream | None = None
 
     @property
     def decoder_layers(self) -> list[nn.Module]:
@@ -149,11 +158,6 @@ def home_device(model: PreTrainedModel) -> torch.device:
     device = model.get_input_embeddings().weight.device
     assert isinstance(device, torch.device)
     return device
-
-
-def stream_layers(model: PreTrainedModel, device: torch.device) -> LayerStream:
-    """Stream a frozen model's decoder layers to `device`, from before surgery on; all else moves there."""
-    return LayerStream(model, list(decoder_layers(model)), device)
 
 
 def with_frozen_teacher(grafted: Graft) -> Graft:
@@ -363,11 +367,16 @@ def _family_in(model: PreTrainedModel) -> ModelFamily:
     model_type = base_model_type(model)
     if model_type in FAMILIES or model_type in NOT_TEXT:
         return family_of(model_type)
+    raise _unknown(model, model_type)
+
+
+def _unknown(model: PreTrainedModel, model_type: str) -> UnknownFamilyError:
+    """Says what is not understood, with a description found by looking into the model."""
     from linearize.families.inspection import propose  # here, so that it does not travel with checkpoints
 
     found = propose(model)
     unknown = ", ".join(found.unknown) or "nothing that its modules show"
-    raise UnknownFamilyError(
+    return UnknownFamilyError(
         f"{unknown_name('model family', model_type, FAMILIES)} Not understood in this one: {unknown}.",
         place="config.model_type",
         remedy="`linearize plan` prints a description found by looking into the model; it goes into one file in "

@@ -23,7 +23,8 @@ from linearize.stages import Batch, Stage, StageConfig, build_stage
 from linearize.stages.base import run_trunk, softmax_mask
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import TransferConfig
-from linearize.surgery import Graft, graft, plan_surgery, stream_layers
+from linearize.streaming import stream_layers
+from linearize.surgery import Graft, graft, plan_surgery
 
 MakeTeacher = Callable[..., PreTrainedModel]
 STAGES = [TransferConfig(tokens=1), DistilConfig(tokens=1, kl=0.5, ce=0.5)]
