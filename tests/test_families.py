@@ -285,6 +285,43 @@ def test_the_command_lists_families(capsys: pytest.CaptureFixture[str], monkeypa
     assert all(family in shown for family in FAMILIES)
 
 
+SMALL = [f"stages.{stage}.{key}" for stage in (0, 1) for key in ("length=16", "batch=2", "micro_batch=2")]
+
+
+def plan(model: PreTrainedModel, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """`linearize plan` on a folder; its exit code."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr("linearize.commands.options.out_console.width", 200)
+    options = [word for value in SMALL for word in ("--set", value)]
+    monkeypatch.setattr("sys.argv", ["linearize", "plan", "-m", str(folder), "--device", "cpu", *options])
+    try:
+        return main()
+    except SystemExit as ended:
+        return ended.code
+
+
+def test_a_plan_says_what_stays_and_what_is_not_copied(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(tiny_teacher("gemma2"), tokenizer, tmp_path, monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 3 layers become hedgehog" in shown
+    assert "1: they slide over 16 tokens already; replace_sliding: true replaces them too" in shown
+    assert "the teacher caps them at 2 by tanh; no mixer does" in shown
+
+
+def test_a_plan_of_an_unknown_family_prints_a_description(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    assert plan(OPTForCausalLM(OPTConfig(**sizes)), tokenizer, tmp_path, monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert "# not understood: positions" in shown.out
+    assert 'ModelFamily(\n    model_type="opt",' in shown.out
+    assert "unknown model family 'opt'" in " ".join(shown.err.split())
+
+
 SEEN: dict[str, set[str]] = {
     # what only the source says: field of the description that inspection cannot see
     "gpt_neox": {"projections"},
