@@ -109,6 +109,16 @@ def test_a_student_with_softmax_as_its_mixer_is_its_teacher(family: str, make_to
     assert max(layer.recomputed for layer in read_layers(grafted, ids)) < 1e-5
 
 
+def test_a_teacher_never_drops_out() -> None:
+    model = tiny_teacher("gpt2", attn_pdrop=0.5, resid_pdrop=0.5)
+    grafted = graft(model, plan_surgery(model, HedgehogConfig()))
+    model.train()
+    student, x_BTD = grafted.students[0], torch.randn(1, 8, 64)
+    with grafted.as_teacher():
+        seen = [student(x_BTD)[0] for _ in range(2)]
+    assert torch.equal(*seen)
+
+
 WITHOUT: dict[str, tuple[dict[str, Any], str]] = {
     "qwen3": ({"norm": None}, "nothing is known of its k_norm, q_norm"),
     "gemma3_text": ({"norm": None}, "nothing is known of its k_norm, q_norm"),
