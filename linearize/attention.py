@@ -52,7 +52,8 @@ class StudentAttention(nn.Module):
     def __init__(self, attention: nn.Module, mixer: StudentMixer, family: ModelFamily, shapes: HeadShapes) -> None:
         super().__init__()
         for name, child in attention.named_children():
-            self.add_module(name, child)
+            if name not in family.idle:
+                self.add_module(name, child)
         self.mixer = mixer
         self.family, self.shapes = family, shapes
         found = family.norm is not None and family.norm.query in dict(attention.named_children())
@@ -63,7 +64,8 @@ class StudentAttention(nn.Module):
         self.handed: tuple[Tensor | None, Tensor | None] = (None, None)  # of layers that do not hand on arguments
         self._compiled: Mix | None = None
         self.train(attention.training)
-        attention.training = False  # a teacher does not drop out; train() of the model no longer reaches it
+        for idle in (attention, *(attention.get_submodule(name) for name in family.idle)):
+            idle.training = False  # a teacher does not drop out; train() of the model no longer reaches it
         self._softmax = (attention,)  # a tuple hides it from nn.Module: its parameters are registered once
 
     def forward(

@@ -90,7 +90,7 @@ def _heads(grafted: Graft) -> dict[str, str]:
     norms = [name for name, _ in student.named_children() if "norm" in name]
     config = grafted.model.config
     rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
-    kind = rope.get("rope_type", "default")
+    kind = rope.get("rope_type", "default") if family.positions == "rotary" else "none; positions are learned"
     settings = ", ".join(f"{key} {value}" for key, value in rope.items() if key not in ("rope_type", "type"))
     shapes = student.shapes
     return {

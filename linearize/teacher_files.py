@@ -286,7 +286,8 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Read the configuration and refuse what cannot become a student, before any weights are fetched or loaded.
 
     Raises:
-        TeacherError: unreadable or unknown to transformers, encoder-decoder, no causal language model, or quantised.
+        TeacherError: unreadable or unknown to transformers, encoder-decoder, multimodal, no causal language model, or
+            quantised.
     """
     place = checkpoint.name
     try:
@@ -297,6 +298,11 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     if config.is_encoder_decoder:
         problem = f"is an encoder-decoder model ({config.model_type})."
         raise TeacherError(problem, place=place, remedy="Only decoder-only causal language models can be linearized.")
+    if (text := config.get_text_config()) is not config:
+        problem = (
+            f"reads more than text ({config.model_type}); only its text model ({text.model_type}) can be linearized."
+        )
+        raise TeacherError(problem, place=place, remedy="Save that on its own first: docs/families.md shows how.")
     named = config.architectures or []
     model_class = causal_class(config)
     causal = [name for name in named if name.endswith(("ForCausalLM", "LMHeadModel"))]

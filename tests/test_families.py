@@ -25,6 +25,9 @@ from tiny_families import (
 )
 from torch import Tensor
 from transformers import (
+    Gemma3Config,
+    Gemma3ForCausalLM,
+    Gemma3ForConditionalGeneration,
     MambaConfig,
     MambaForCausalLM,
     OPTConfig,
@@ -36,18 +39,21 @@ from transformers import (
 
 from linearize.adapters import LoraSettings, add_lora, lora_parameters
 from linearize.attention import StudentAttention
+from linearize.cli import main
 from linearize.doctor import Patient, check_chunked, check_memory, check_packed, check_padding, check_reorder
-from linearize.errors import SurgeryError, UnknownFamilyError
+from linearize.errors import SurgeryError, TeacherError, UnknownFamilyError
 from linearize.export import export_student, load_student
-from linearize.families import FAMILIES, Fused, QueryKeyNorm, Split, family_of
+from linearize.families import FAMILIES, Fused, QueryKeyNorm, Split
 from linearize.families.inspection import propose
+from linearize.logits import head_of
 from linearize.mixers import MIXERS, MixerEntry, mixer_config
 from linearize.mixers.hedgehog import HedgehogConfig
 from linearize.modeling import STUDENT_CLASSES
 from linearize.readings import read_layers
 from linearize.recipe import Recipe, load_recipe
 from linearize.stages import Batch, build_stage
-from linearize.surgery import Graft, graft, plan_surgery, sliding_layers
+from linearize.surgery import Graft, graft, plan_surgery, sliding_layers, trunk_of
+from linearize.teacher_files import find_checkpoint, read_config
 
 MakeTokens = Callable[..., Tensor]
 CUT = 50
@@ -101,6 +107,16 @@ def test_a_student_with_softmax_as_its_mixer_is_its_teacher(family: str, make_to
         rest = model(ids[:, CUT:], past_key_values=start.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat([start.logits, rest], 1), whole, rtol=1e-5, atol=1e-5)
     assert max(layer.recomputed for layer in read_layers(grafted, ids)) < 1e-5
+
+
+def test_a_teacher_never_drops_out() -> None:
+    model = tiny_teacher("gpt2", attn_pdrop=0.5, resid_pdrop=0.5)
+    grafted = graft(model, plan_surgery(model, HedgehogConfig()))
+    model.train()
+    student, x_BTD = grafted.students[0], torch.randn(1, 8, 64)
+    with grafted.as_teacher():
+        seen = [student(x_BTD)[0] for _ in range(2)]
+    assert torch.equal(*seen)
 
 
 WITHOUT: dict[str, tuple[dict[str, Any], str]] = {
@@ -243,9 +259,77 @@ def test_attention_that_looks_ahead_or_across_is_refused() -> None:
         plan_surgery(T5ForConditionalGeneration(T5Config(**sizes)), HedgehogConfig())
 
 
-def test_of_a_multimodal_model_only_the_text_model_is_taken() -> None:
+def test_of_a_multimodal_model_only_the_text_model_is_taken(tmp_path: Path, make_tokens: MakeTokens) -> None:
+    text = tiny_teacher("gemma3_text").config.to_dict() | {"rope_parameters": None, "layer_types": None}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
+    whole = Gemma3ForConditionalGeneration(config).eval()
     with pytest.raises(SurgeryError, match="'gemma3' reads images too; only its text model \\('gemma3_text'\\)"):
-        family_of("gemma3")
+        plan_surgery(whole, HedgehogConfig())
+    config.save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=r"reads more than text \(gemma3\); only its text model \(gemma3_text\)"):
+        read_config(find_checkpoint(str(tmp_path)))
+
+    taken = Gemma3ForCausalLM(whole.config.text_config).eval()  # as docs/families.md shows
+    taken.model.load_state_dict(whole.model.language_model.state_dict())
+    taken.tie_weights()
+    assert torch.equal(logits(taken, make_tokens(1, 20)), logits(whole, make_tokens(1, 20)))
+    assert len(plan_surgery(taken, HedgehogConfig(), replace_sliding=True)) == LAYERS
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_distillation_sees_the_logits_of_the_model(family: str, make_tokens: MakeTokens) -> None:
+    model, ids = tiny_teacher(family), make_tokens(1, 20)
+    with torch.no_grad():
+        hidden = trunk_of(model)(ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(head_of(model)(hidden), logits(model, ids), rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_lists_families(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("linearize.commands.options.out_console.width", 200)
+    monkeypatch.setattr("sys.argv", ["linearize", "families"])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    shown = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert all(family in shown for family in FAMILIES)
+
+
+SMALL = [f"stages.{stage}.{key}" for stage in (0, 1) for key in ("length=16", "batch=2", "micro_batch=2")]
+
+
+def plan(model: PreTrainedModel, tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int | str | None:
+    """`linearize plan` on a folder; its exit code."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    monkeypatch.setattr("linearize.commands.options.out_console.width", 200)
+    options = [word for value in SMALL for word in ("--set", value)]
+    monkeypatch.setattr("sys.argv", ["linearize", "plan", "-m", str(folder), "--device", "cpu", *options])
+    try:
+        return main()
+    except SystemExit as ended:
+        return ended.code
+
+
+def test_a_plan_says_what_stays_and_what_is_not_copied(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan(tiny_teacher("gemma2"), tokenizer, tmp_path, monkeypatch) == 0
+    shown = capsys.readouterr().out
+    assert "2 of 3 layers become hedgehog" in shown
+    assert "1: they slide over 16 tokens already; replace_sliding: true replaces them too" in shown
+    assert "the teacher caps them at 2 by tanh; no mixer does" in shown
+
+
+def test_a_plan_of_an_unknown_family_prints_a_description(
+    tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = {"vocab_size": 97, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    assert plan(OPTForCausalLM(OPTConfig(**sizes)), tokenizer, tmp_path, monkeypatch) == 2
+    shown = capsys.readouterr()
+    assert "# not understood: positions" in shown.out
+    assert 'ModelFamily(\n    model_type="opt",' in shown.out
+    assert "unknown model family 'opt'" in " ".join(shown.err.split())
 
 
 SEEN: dict[str, set[str]] = {

@@ -57,7 +57,7 @@ def family_of(model_type: str) -> ModelFamily:
         raise SurgeryError(
             f"'{model_type}' reads images too; only its text model ('{NOT_TEXT[model_type]}') can be converted",
             place="config.model_type",
-            remedy="Save the text model on its own with its causal language-model class, or use a text checkpoint.",
+            remedy="Save the text model on its own first: docs/families.md shows how.",
         )
     if model_type not in FAMILIES:
         raise SurgeryError(
