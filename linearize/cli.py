@@ -18,6 +18,7 @@ from linearize.commands import recipes, targets
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
+    QuantizeOption,
     RecipeOption,
     SetOption,
     TextFieldOption,
@@ -64,6 +65,7 @@ def convert(
     device: DeviceOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a former run in --out first.")] = False,
+    quantize: QuantizeOption = None,
     targets_folder: Annotated[
         Path | None, typer.Option("--targets", help="Cached teacher targets, for stages with top_k: see cache-targets.")
     ] = None,
@@ -91,6 +93,7 @@ def convert(
         device,
         resume,
         overwrite,
+        quantize,
         targets_folder,
         compile_mixers,
     )
@@ -104,6 +107,7 @@ def plan(
     tokens: TokensOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Compare the untrained student with its teacher, layer by layer.")
     ] = False,
@@ -120,7 +124,7 @@ def plan(
     from linearize.tables import plan_report
 
     checked = load_recipe(recipe, overrides or (), tokens)
-    found = plan_conversion(model, checked, device, audited=audit or text is not None, text=text)
+    found = plan_conversion(model, checked, device, audited=audit or text is not None, text=text, quantize=quantize)
     out_console.print(plan_report(found))
     raise typer.Exit(1 if found.audit is not None and found.audit.misread else 0)
 

@@ -29,7 +29,7 @@ from linearize.metrics import MetricsLog, Progress
 from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, open_run_folder, write_json
-from linearize.stages import Stage, build_stage, check_stages
+from linearize.stages import Stage, build_stage, check_stages, refuse_base_training
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
@@ -66,6 +66,7 @@ class Conversion:
     device: str | None = None
     resume: bool = False
     overwrite: bool = False
+    quantize: str | None = None  # the teacher's weights: 4bit or 8bit
     targets: str | Path | None = None  # folder of cached teacher targets
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
 
@@ -112,10 +113,12 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         check_budget(stage, index)
     if job.targets is not None:
         check_targets(recipe)
+    if job.quantize is not None:
+        refuse_base_training(recipe.stages)
     with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         machine = _machine(job, recipe, folder)
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
-        teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
+        teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
         check_stages(recipe.stages, plan)
@@ -213,7 +216,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
         check_budget(config, index)
     check_targets(recipe)
     machine = choose_machine(job.device, recipe.precision)
-    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
+    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
     plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
     check_stages(recipe.stages, plan)
     corpus = _corpus(job, recipe, teacher, console)
@@ -241,6 +244,7 @@ def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, 
         "recipe": recipe.name,
         "recipe_hash": recipe.digest(),
         "text": {"name": corpus.name, "fingerprint": corpus.fingerprint, "epochs": corpus.epochs},
+        "quantize": job.quantize,
         "device": machine.name,
         "precision": machine.precision,
         "seed": recipe.seed,
@@ -257,6 +261,7 @@ def _command(job: Conversion) -> str:
         words += [] if value is None else [name, str(value)]
     for override in job.overrides:
         words += ["--set", override]
+    words += [] if job.quantize is None else ["--quantize", job.quantize]
     words += [] if job.targets is None else ["--targets", str(job.targets)]
     words += ["--compile"] if job.compile else []
     return shlex.join([*words, "--out", str(job.out)])
