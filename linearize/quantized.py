@@ -23,6 +23,9 @@ def _eight(dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
+BLOCK = 64
+"""Weights that share a scale in 4 bits: bitsandbytes' default."""
+
 # name -> settings for a dtype of the activations. The head over the vocabulary stays as it is in both.
 QUANTIZATIONS: dict[str, Callable[[torch.dtype], BitsAndBytesConfig]] = {"4bit": _four, "8bit": _eight}
 
@@ -44,17 +47,31 @@ def quantization(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
     return QUANTIZATIONS[name](dtype)
 
 
-def keep_differentiable(model: PreTrainedModel) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights on CPUs with AVX512-BF16, which it does in eval mode.
+def mend_four_bits_on_cpu(model: PreTrainedModel) -> None:
+    """Work around what bitsandbytes (0.50.2) silently does wrong with 4-bit weights on CPUs; on a GPU, do nothing.
 
-    The product with repacked weights has no backward (0.50.2: gradients are silently wrong), and they are not unpacked
-    when the model is dequantised. Remove when both are mended upstream.
+    In eval mode it repacks them where the CPU has AVX512-BF16: their product then has no backward, so that gradients
+    are wrong, and they stay packed when the model is dequantised. That is switched off. And it reads wrong values where
+    blocks of 64 do not divide the rows. Remove each part when it is mended upstream.
+
+    Raises:
+        TeacherError: a layer has such rows.
     """
     from bitsandbytes.nn import Linear4bit
 
-    for module in model.modules():
-        if isinstance(module, Linear4bit):
-            module.support_avx512bf16_for_cpu = False
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+    if model.device.type != "cpu":
+        return
+    wrong = [f"{name} ({module.in_features})" for name, module in layers.items() if module.in_features % BLOCK]
+    if wrong:
+        raise TeacherError(
+            f"{len(wrong)} layers have rows that blocks of {BLOCK} do not divide, such as {wrong[0]}: on a CPU "
+            "bitsandbytes reads them wrongly.",
+            place="--quantize 4bit",
+            remedy="Use 8bit, a GPU, or leave --quantize out.",
+        )
+    for module in layers.values():
+        module.support_avx512bf16_for_cpu = False
 
 
 def is_quantized(model: PreTrainedModel) -> bool:

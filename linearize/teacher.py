@@ -29,7 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from linearize.errors import TeacherError
-from linearize.quantized import keep_differentiable, quantization
+from linearize.quantized import mend_four_bits_on_cpu, quantization
 from linearize.teacher_files import READ_ERRORS, Checkpoint, causal_class, find_checkpoint, first_line, read_config
 
 log = logging.getLogger("linearize")
@@ -93,7 +93,7 @@ def load_teacher(
     if packed is None:
         frozen.to(device)
     else:
-        keep_differentiable(loaded)
+        mend_four_bits_on_cpu(loaded)
     log.info("teacher: %s; attention: %s (%s)", checkpoint.origin, implementation, why)
     return Teacher(
         model=loaded,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def folder(make_teacher, tmp_path_factory) -> Path:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
-    make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0).save_pretrained(folder)
+    make_teacher(vocab_size=257, intermediate_size=128, eos_token_id=0, bos_token_id=0).save_pretrained(folder)
     return folder
 
 
@@ -130,6 +131,16 @@ def test_adapters_train_on_top_and_merge_into_plain_weights(folder, bits, device
     if bits == "4bit":
         torch.testing.assert_close(merged, adapted, rtol=1e-3, atol=1e-3)
     assert all(type(module) is nn.Linear for module in model.modules() if isinstance(module, nn.Linear))
+
+
+@needs_bitsandbytes
+def test_rows_that_are_read_wrongly_on_a_cpu_are_refused(folder, make_teacher, tmp_path):
+    narrow = tmp_path / "narrow"
+    shutil.copytree(folder, narrow)
+    make_teacher(vocab_size=257, intermediate_size=96, eos_token_id=0, bos_token_id=0).save_pretrained(narrow)
+    with pytest.raises(TeacherError, match=r"3 layers have rows .* 64 do not divide.*down_proj \(96\)"):
+        load_teacher(str(narrow), quantize="4bit")
+    assert is_quantized(load_teacher(str(narrow), quantize="8bit").model)
 
 
 @needs_bitsandbytes
