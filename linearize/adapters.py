@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from typing import cast
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -139,9 +140,10 @@ def merge_lora(model: nn.Module) -> int:
         if not isinstance(module, LoraLayer):
             continue
         base = module.get_base_layer()
-        assert isinstance(module, LoraLinear)  # `add_lora` adapts nothing else
         assert isinstance(base, (nn.Linear, Conv1D))
-        delta = module.get_delta_weight(ADAPTER)
+        assert type(base) in (nn.Linear, Conv1D)  # quantised ones are plain again by now: see quantized.dequantize
+        # peft's adapters of quantised layers are no subclass, but have the same method
+        delta = cast(LoraLinear, module).get_delta_weight(ADAPTER)
         with torch.no_grad():
             base.weight.copy_((base.weight.float() + delta.float()).to(base.weight.dtype))
         model.set_submodule(name, base)

@@ -34,6 +34,7 @@ def convert(
     device: str | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    quantize: str | None = None,
     targets: str | Path | None = None,
     compile: bool = False,
     quiet: bool = False,
@@ -52,6 +53,7 @@ def convert(
         device: `"cpu"`, `"cuda"`, `"cuda:1"`; None takes a GPU when there is one.
         resume: go on with an interrupted run in `out`.
         overwrite: delete a former run in `out`.
+        quantize: load the teacher's weights in `"4bit"` or `"8bit"` (needs bitsandbytes).
         targets: folder of cached teacher targets, for stages with `top_k`; see `linearize cache-targets`.
         compile: compile the mixers for training; faster on many GPUs.
         quiet: print nothing.
@@ -76,6 +78,7 @@ def convert(
         device=device,
         resume=resume,
         overwrite=overwrite,
+        quantize=quantize,
         targets=targets,
         compile=compile,
     )

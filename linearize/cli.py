@@ -18,6 +18,7 @@ from linearize.commands import families, hub, recipes, report, speed, targets
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
+    QuantizeOption,
     RecipeOption,
     SetOption,
     TextFieldOption,
@@ -68,6 +69,7 @@ def convert(
     device: DeviceOption = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete a former run in --out first.")] = False,
+    quantize: QuantizeOption = None,
     targets_folder: Annotated[
         Path | None, typer.Option("--targets", help="Cached teacher targets, for stages with top_k: see cache-targets.")
     ] = None,
@@ -102,6 +104,7 @@ def convert(
         device,
         resume,
         overwrite,
+        quantize,
         targets_folder,
         compile_mixers,
         stream_layers,
@@ -120,6 +123,7 @@ def plan(
     tokens: TokensOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
     audit: Annotated[
         bool, typer.Option("--audit", help="Compare the untrained student with its teacher, layer by layer.")
     ] = False,
@@ -136,8 +140,9 @@ def plan(
     from linearize.tables import plan_report
 
     checked = load_recipe(recipe, overrides or (), tokens)
+    audited = audit or text is not None
     try:
-        found = plan_conversion(model, checked, device, audited=audit or text is not None, text=text)
+        found = plan_conversion(model, checked, device, audited=audited, text=text, quantize=quantize)
     except UnknownFamilyError as error:
         out_console.print(error.proposal, markup=False, highlight=False)
         raise

@@ -22,6 +22,7 @@ from transformers.utils import logging as hf_logging
 from linearize.adapters import merge_lora
 from linearize.errors import RunError
 from linearize.modeling import STUDENT_CLASSES, student_config
+from linearize.quantized import dequantize
 from linearize.recipe import Recipe
 from linearize.remote_code import FILE as REMOTE_CODE_FILE
 from linearize.remote_code import remote_code
@@ -43,12 +44,13 @@ def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Rec
     Written aside first and moved into `folder` file by file, config.json last: a folder with a config.json is whole.
 
     Args:
-        graft: the trained student; by this call its adapters are merged into the base weights, and those that were
-            fp32 for training become what they were.
+        graft: the trained student; by this call quantised base weights become plain ones, its adapters are merged into
+            them, and those that were fp32 for training become what they were.
 
     Raises:
         RunError: when the disk is full or the folder cannot be written.
     """
+    dequantize(graft.model)
     merge_lora(graft.model)
     graft.restore_dtypes()
     aside = folder / ".export"

@@ -31,7 +31,7 @@ from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.report import write_report
 from linearize.run_folder import RunFolder, open_run_folder, write_json
-from linearize.stages import Stage, build_stage, check_stages
+from linearize.stages import Stage, build_stage, check_stages, refuse_base_training
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
@@ -69,6 +69,7 @@ class Conversion:
     device: str | None = None
     resume: bool = False
     overwrite: bool = False
+    quantize: str | None = None  # the teacher's weights: 4bit or 8bit
     targets: str | Path | None = None  # folder of cached teacher targets
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
     stream_layers: bool = False  # frozen weights of a decoder layer are on the device only while it computes
@@ -116,11 +117,14 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         check_budget(stage, index)
     if job.targets is not None:
         check_targets(recipe)
+    if job.quantize is not None:
+        refuse_base_training(recipe.stages)
     with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         machine = _machine(job, recipe, folder)
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
         stream = _check_stream(job, recipe)
-        teacher = load_teacher(job.model, dtype=machine.dtype, device="cpu" if stream else machine.device)
+        device = torch.device("cpu") if stream else machine.device
+        teacher = load_teacher(job.model, dtype=machine.dtype, device=device, quantize=job.quantize)
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
         check_stages(recipe.stages, plan)
@@ -167,13 +171,19 @@ def _check_stream(job: Conversion, recipe: Recipe) -> bool:
     """Whether layers are streamed.
 
     Raises:
-        RunError: they would be, and a stage trains them.
+        RunError: they would be, and a stage trains them, or they are quantised.
     """
     if job.stream_layers and recipe.needs_frozen_teacher:
         raise RunError(
             f"recipe {recipe.name} trains base weights; layers that train stay on the device",
             place="--stream-layers",
             remedy="Leave it out, or choose a recipe whose stages train mixers and adapters only.",
+        )
+    if job.stream_layers and job.quantize is not None:
+        raise RunError(
+            "quantised weights stay where they were quantised",
+            place="--stream-layers",
+            remedy="Leave it out, or leave out --quantize.",
         )
     return job.stream_layers
 
@@ -236,7 +246,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
         check_budget(config, index)
     check_targets(recipe)
     machine = choose_machine(job.device, recipe.precision)
-    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
+    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
     plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
     check_stages(recipe.stages, plan)
     corpus = _corpus(job, recipe, teacher, console)
@@ -272,6 +282,7 @@ def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, 
             "epochs": corpus.epochs,
             "dataset": hub_data_set(corpus.name),
         },
+        "quantize": job.quantize,
         "device": machine.name,
         "precision": machine.precision,
         "seed": recipe.seed,
@@ -294,6 +305,7 @@ def _command(job: Conversion) -> str:
         words += [] if value is None else [name, str(value)]
     for override in job.overrides:
         words += ["--set", override]
+    words += [] if job.quantize is None else ["--quantize", job.quantize]
     words += [] if job.targets is None else ["--targets", str(job.targets)]
     words += ["--compile"] if job.compile else []
     words += ["--stream-layers"] if job.stream_layers else []

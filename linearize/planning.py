@@ -11,7 +11,7 @@ from linearize.audit import Audit, audit
 from linearize.machine import Machine, choose_machine
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
-from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages
+from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages, refuse_base_training
 from linearize.stages.base import Piece
 from linearize.surgery import Graft, Swap, graft, plan_surgery, sliding_layers, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
@@ -86,7 +86,13 @@ class Plan:
 
 
 def plan_conversion(
-    model: str, recipe: Recipe, device: str | None = None, *, audited: bool = False, text: str | None = None
+    model: str,
+    recipe: Recipe,
+    device: str | None = None,
+    *,
+    audited: bool = False,
+    text: str | None = None,
+    quantize: str | None = None,
 ) -> Plan:
     """Load the teacher, plan the surgery and time one micro-batch of every stage on random tokens. Writes nothing.
 
@@ -96,12 +102,15 @@ def plan_conversion(
         device: `"cpu"`, `"cuda"`; None takes a GPU when there is one.
         audited: also compare the untrained student with its teacher, layer by layer.
         text: what that reads; None takes a passage that comes with linearize.
+        quantize: the teacher's weights, `4bit` or `8bit`.
 
     Raises:
         LinearizeError: as `convert` would, for the model, the recipe and the surgery.
     """
+    if quantize is not None:
+        refuse_base_training(recipe.stages)
     machine = choose_machine(device, recipe.precision)
-    teacher = load_teacher(model, dtype=machine.dtype, device=machine.device)
+    teacher = load_teacher(model, dtype=machine.dtype, device=machine.device, quantize=quantize)
     swaps = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     replaced = {swap.layer for swap in swaps}
     sliding = {layer: window for layer, window in sliding_layers(teacher.model).items() if layer not in replaced}

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 from linearize.errors import RunError
 
-SAME = ("model", "recipe_hash", "text", "seed")
+SAME = ("model", "quantize", "recipe_hash", "text", "seed")
 """Facts that a resumed run must share with the run it goes on with."""
 
 

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     GgufConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,6 +29,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from linearize.errors import TeacherError
+from linearize.quantized import mend_four_bits_on_cpu, quantization
 from linearize.teacher_files import READ_ERRORS, Checkpoint, causal_class, find_checkpoint, first_line, read_config
 
 log = logging.getLogger("linearize")
@@ -59,6 +61,7 @@ def load_teacher(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     attention: str | None = None,
+    quantize: str | None = None,
 ) -> Teacher:
     """Find, check, load and freeze a teacher.
 
@@ -68,20 +71,32 @@ def load_teacher(
         dtype: dtype of the weights; GGUF weights are unpacked into it.
         device: where the model goes.
         attention: an attention implementation of transformers; None picks flash_attention_2 where it can run.
+        quantize: `4bit` or `8bit`: the linear layers' weights, as they are loaded; a GGUF file is unpacked instead.
 
     Raises:
         TeacherError: the teacher cannot be found, fetched or read, or is no plain causal language model.
     """
+    packed = None if quantize is None else quantization(quantize, dtype)
     checkpoint = find_checkpoint(model)
+    if packed is not None and checkpoint.gguf is not None:
+        raise TeacherError(
+            "is a GGUF file: its weights are unpacked as they are loaded, and cannot be quantised again.",
+            place=checkpoint.name,
+            remedy="Leave --quantize out, or pass a Hub id or a folder with safetensors.",
+        )
     config = read_config(checkpoint)
     tokenizer = _load_tokenizer(checkpoint, config)
     implementation, why = choose_attention(config, dtype, torch.device(device), attention)
-    loaded = _load_weights(checkpoint, config, dtype, implementation)
+    loaded = _load_weights(checkpoint, config, dtype, implementation, packed, device)
     for named in (loaded, loaded.config, tokenizer):
         named.name_or_path = checkpoint.name
     # The GGUF reader leaves the name that somebody once typed into the file's header as a stray config entry.
     vars(loaded.config).pop("_model_name_or_path", None)
-    loaded.requires_grad_(False).eval().to(device)
+    frozen = loaded.requires_grad_(False).eval()
+    if packed is None:
+        frozen.to(device)
+    else:
+        mend_four_bits_on_cpu(loaded)
     log.info("teacher: %s; attention: %s (%s)", checkpoint.origin, implementation, why)
     return Teacher(
         model=loaded,
@@ -120,7 +135,12 @@ def choose_attention(
 
 
 def _load_weights(
-    checkpoint: Checkpoint, config: PreTrainedConfig, dtype: torch.dtype, implementation: str
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    implementation: str,
+    packed: BitsAndBytesConfig | None,
+    device: str | torch.device,
 ) -> PreTrainedModel:
     place = checkpoint.name
     try:
@@ -132,7 +152,8 @@ def _load_weights(
                 dtype=dtype,
                 attn_implementation=implementation,
                 # Unpacked: a model that keeps GGUF blocks can be neither trained nor saved.
-                quantization_config=GgufConfig(dequantize=True) if checkpoint.gguf else None,
+                quantization_config=GgufConfig(dequantize=True) if checkpoint.gguf else packed,
+                device_map=None if packed is None else {"": device},  # quantised where they stay
                 trust_remote_code=False,
                 output_loading_info=True,
             )

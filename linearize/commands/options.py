@@ -24,5 +24,8 @@ TokensOption = Annotated[
     str | None,
     typer.Option(help="Total training tokens, such as 150k or 8M, split over the stages as the recipe does."),
 ]
+QuantizeOption = Annotated[
+    str | None, typer.Option(help="Load the teacher's weights in 4bit or 8bit; needs bitsandbytes.")
+]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU is taken when there is one.")]
 TextFieldOption = Annotated[str | None, typer.Option(help="The column of the text in parquet, jsonl or a data set.")]

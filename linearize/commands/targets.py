@@ -10,6 +10,7 @@ import typer
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
+    QuantizeOption,
     RecipeOption,
     SetOption,
     TextFieldOption,
@@ -27,6 +28,7 @@ def cache_targets(
     tokens: TokensOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
+    quantize: QuantizeOption = None,
 ) -> None:
     """Write the teacher's likeliest tokens for every stage that has top_k, such as with --set stages.1.top_k=64.
 
@@ -43,6 +45,7 @@ def cache_targets(
         tokens=tokens,
         overrides=tuple(overrides or ()),
         device=device,
+        quantize=quantize,
         targets=targets,
     )
     run(job, log_console)

@@ -14,7 +14,7 @@ from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import Transfer, TransferConfig
 from linearize.surgery import Graft, Swap
 
-__all__ = ["STAGES", "Batch", "Stage", "StageConfig", "build_stage", "check_stages"]
+__all__ = ["STAGES", "Batch", "Stage", "StageConfig", "build_stage", "check_stages", "refuse_base_training"]
 
 
 class StageEntry(NamedTuple):
@@ -43,6 +43,21 @@ def check_stages(stages: Sequence[StageConfig], plan: Sequence[Swap]) -> None:
             except RecipeError as error:
                 place = f"stages.{index}.{error.place}"
                 raise RecipeError(error.problem, place=place, remedy=error.remedy) from None
+
+
+def refuse_base_training(stages: Sequence[StageConfig]) -> None:
+    """Refuse stages that train weights of a quantised teacher: rounded to a grid, no step of an optimiser moves them.
+
+    Raises:
+        RecipeError: with the stage's number.
+    """
+    for index, config in enumerate(stages):
+        if config.trains_base:
+            raise RecipeError(
+                f"{', '.join(config.train)} would train weights of the teacher, which --quantize rounds",
+                place=f"stages.{index}.train",
+                remedy="Train mixer and lora only, or leave --quantize out.",
+            )
 
 
 def build_stage(config: StageConfig, graft: Graft) -> Stage:
