@@ -19,6 +19,7 @@ from linearize.config import Number
 from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
 from linearize.losses import DistillationWeights, Heads, distillation_loss
+from linearize.spans import span
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.parts import Part, trained_parameters
 from linearize.streaming import recompute
@@ -96,19 +97,21 @@ class Distil:
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         mask_B1TT = softmax_mask(self.graft.model, batch)
-        with torch.no_grad(), adapters_off(self._adapted), self.graft.as_teacher() as teacher:
+        with span("teacher"), torch.no_grad(), adapters_off(self._adapted), self.graft.as_teacher() as teacher:
             teacher_BTD = run_trunk(teacher, batch, mask_B1TT)
-        with self._recompute():
+        with span("student"), self._recompute():
             student_BTD = run_trunk(self.graft.model, batch, mask_B1TT)
-        terms = distillation_loss(
-            student_BTD.flatten(0, 1),
-            teacher_BTD.flatten(0, 1),
-            self._heads(),
-            batch.input_ids_BT.roll(-1, dims=1).flatten(),
-            batch.target_mask_BT.flatten(),
-            self.weights,
-        )
-        backward(terms.loss)
+        with span("loss"):
+            terms = distillation_loss(
+                student_BTD.flatten(0, 1),
+                teacher_BTD.flatten(0, 1),
+                self._heads(),
+                batch.input_ids_BT.roll(-1, dims=1).flatten(),
+                batch.target_mask_BT.flatten(),
+                self.weights,
+            )
+        with span("backward"):
+            backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
 
     def _recompute(self) -> AbstractContextManager[None]:

@@ -20,6 +20,7 @@ from linearize.attention import StudentAttention, full_precision, teacher_rows
 from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
+from linearize.spans import span
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
@@ -161,9 +162,12 @@ class Transfer:
 
         def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
             with torch.enable_grad():
-                answers = self._answers(teacher, heads, teacher_BTHV)
-                loss = self._loss(answers)
-                backward(loss / layers)
+                with span("student"):
+                    answers = self._answers(teacher, heads, teacher_BTHV)
+                with span("loss"):
+                    loss = self._loss(answers)
+                with span("backward"):
+                    backward(loss / layers)
             losses.append(loss.detach())
             errors[f"error/layer_{teacher.layer_idx:02d}"] = answers.error.detach()
 
@@ -171,7 +175,7 @@ class Transfer:
         try:
             for teacher in observed:
                 teacher.observer = observe
-            with torch.no_grad(), self.graft.as_teacher() as model:
+            with span("teacher"), torch.no_grad(), self.graft.as_teacher() as model:
                 run_trunk(model, batch, softmax_mask(model, batch))
         finally:
             for teacher in observed:
