@@ -130,16 +130,28 @@ def plan(
     text: Annotated[
         str | None, typer.Option(help="Text for --audit; default: a passage that comes with linearize.")
     ] = None,
+    predict: Annotated[
+        bool,
+        typer.Option("--predict", help="Memory alone, from the model's config.json: no weights, no GPU are needed."),
+    ] = False,
+    stream_layers: Annotated[
+        bool, typer.Option("--stream-layers", help="With --predict: frozen layers in host memory.")
+    ] = False,
 ) -> None:
     """Show what a conversion would replace and what it would cost here, measured on one batch. Writes nothing.
 
     With --audit, exit 1 when a layer's attention cannot be recomputed from the heads that the student sees.
+    With --predict, what it would need on a GPU in bf16; --device cpu predicts fp32 on a CPU.
     """
-    from linearize.planning import plan_conversion
+    from linearize.planning import plan_conversion, predict_conversion, prediction_target
     from linearize.recipe import load_recipe
-    from linearize.tables import plan_report
+    from linearize.tables import plan_report, prediction_report
 
     checked = load_recipe(recipe, overrides or (), tokens)
+    if predict:
+        target = prediction_target(device, checked, stream_layers)
+        out_console.print(prediction_report(predict_conversion(model, checked, target)))
+        return
     audited = audit or text is not None
     try:
         found = plan_conversion(model, checked, device, audited=audited, text=text, quantize=quantize)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from linearize.spans import PREFIX
 
 BLOCK = 512
 """CUDA's allocator rounds every request up to a multiple of this."""
@@ -25,27 +28,33 @@ class LiveMemory(TorchDispatchMode):
 
     Attributes:
         live, peak: bytes now, and at most so far.
+        at_peak: of each span (`spans.py`, "" outside) the bytes that were live at its own peak, by the span that made
+            them.
     """
 
     def __init__(self, tensors: Iterable[Tensor] = (), device_type: str | None = None) -> None:
         super().__init__()
         self.live = self.peak = 0
         self._device_type = device_type
-        self._sizes: dict[int, int] = {}
+        self.at_peak: dict[str, dict[str, int]] = {}
+        self._spans: list[str] = [""]
+        self._by_span: Counter[str] = Counter()
+        self._sizes: dict[int, tuple[int, str]] = {}
         for tensor in tensors:
             self._follow(tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name()
+        if name == "profiler::_record_function_enter_new":
+            self._spans.append(args[0].removeprefix(PREFIX) if args[0].startswith(PREFIX) else self._spans[-1])
+        elif name.startswith("profiler::_record_function_exit"):
+            self._spans.pop()
         inputs = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)}
         found = func(*args, **(kwargs or {}))
         for output in tree_leaves(found):
             if isinstance(output, Tensor) and output.untyped_storage()._cdata not in inputs:
                 self._follow(output)
         return found
-
-    def restart(self) -> None:
-        """Begin a new peak at what lives now."""
-        self.peak = self.live
 
     def _follow(self, tensor: Tensor) -> None:
         if self._device_type is not None and tensor.device.type != self._device_type:
@@ -55,10 +64,16 @@ class LiveMemory(TorchDispatchMode):
         if key in self._sizes:
             return
         size = -(-storage.nbytes() // BLOCK) * BLOCK
-        self._sizes[key] = size
+        span = self._spans[-1]
+        self._sizes[key] = size, span
+        self._by_span[span] += size
         self.live += size
         self.peak = max(self.peak, self.live)
+        if self.live > sum(self.at_peak.get(span, {"": 0}).values()):
+            self.at_peak[span] = dict(self._by_span)
         weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
+        size, span = self._sizes.pop(key)
+        self.live -= size
+        self._by_span[span] -= size

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from linearize_kernels import LossWeights, distillation_terms
+from linearize_kernels.backend import device_kind
 
 RowWeights = Callable[[int, int], Tensor]
 Head = Callable[[Tensor], Tensor]
@@ -170,20 +171,16 @@ class _Distillation(torch.autograd.Function):
         gradient_LD = torch.empty_like(student_LD)
         head_gradients = [torch.zeros_like(parameter) for parameter in trained]
         kl, cross_entropy = torch.zeros(2, device=student_LD.device).unbind()
-        chunk = weights.chunk or CHUNK[student_LD.device.type]
+        chunk = weights.chunk or CHUNK[device_kind(student_LD)]
         for start in range(0, len(targets_L), chunk):
             part = slice(start, start + chunk)
-            teacher_LV = heads.teacher(teacher_LD[part].detach())
-            with torch.enable_grad():
-                hidden = student_LD[part].detach().requires_grad_()
-                student_LV = heads.student(hidden)
-            terms = distillation_terms(
-                student_LV.detach(), teacher_LV, targets_L[part], mask_L[part], LossWeights(*weights[:3])
+            hidden = student_LD[part].detach().requires_grad_()
+            chunk_kl, chunk_cross_entropy, gradient_LD[part], *more = _chunk(
+                hidden, teacher_LD[part].detach(), heads, targets_L[part], mask_L[part], LossWeights(*weights[:3])
             )
-            gradient_LD[part], *more = torch.autograd.grad(student_LV, [hidden, *trained], terms.gradient_LV)
             for total, gradient in zip(head_gradients, more, strict=True):
                 total += gradient
-            kl, cross_entropy = kl + terms.kl, cross_entropy + terms.cross_entropy
+            kl, cross_entropy = kl + chunk_kl, cross_entropy + chunk_cross_entropy
         ctx.save_for_backward(gradient_LD / count, *(gradient.div_(count) for gradient in head_gradients))
         kl, cross_entropy = kl / count, cross_entropy / count
         ctx.mark_non_differentiable(kl, cross_entropy)
@@ -194,3 +191,17 @@ class _Distillation(torch.autograd.Function):
         gradient_LD, *head_gradients = ctx.saved_tensors
         scaled = (gradient * gradients[0] for gradient in head_gradients)
         return gradient_LD * gradients[0], None, None, None, None, None, *scaled
+
+
+# Six parameters: a chunk of every tensor there is. A function, so that one chunk's logits are gone before the next's.
+def _chunk(
+    hidden_LD: Tensor, teacher_LD: Tensor, heads: Heads, targets_L: Tensor, mask_L: Tensor, weights: LossWeights
+) -> tuple[Tensor, ...]:
+    """The two sums of a chunk of tokens, and the gradients of its hidden states and of what trains in the head."""
+    teacher_LV = heads.teacher(teacher_LD)
+    with torch.enable_grad():
+        student_LV = heads.student(hidden_LD)
+    terms = distillation_terms(student_LV.detach(), teacher_LV, targets_L, mask_L, weights)
+    del teacher_LV
+    gradients = torch.autograd.grad(student_LV, [hidden_LD, *heads.trained], terms.gradient_LV)
+    return terms.kl, terms.cross_entropy, *gradients

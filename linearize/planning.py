@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
 
 import torch
 
 from linearize.audit import Audit, audit
-from linearize.machine import Machine, choose_machine
+from linearize.machine import Machine, Precision, choose_machine
+from linearize.memory import StageMemory, Target, predict_memory
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages, refuse_base_training
 from linearize.stages.base import Piece
 from linearize.surgery import Graft, Swap, graft, plan_surgery, sliding_layers, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
+from linearize.teacher_files import find_checkpoint, read_config
 
 MINUTES = 15
 """`Plan.tokens_in_time` is the budget that trains in this time."""
@@ -61,6 +65,7 @@ class Plan:
     key_value_bytes: int  # of the teacher's cache, per token and sequence, in the layers that are replaced
     teacher_bytes: int  # of the frozen second copy; 0 where the student's own weights are the teacher's
     stages: list[StageCost]
+    memory: list[StageMemory]  # predicted for this machine
     audit: Audit | None = None
 
     @property
@@ -127,7 +132,42 @@ def plan_conversion(
         teacher_bytes = sum(p.numel() * p.element_size() for p in grafted.observed.model.parameters())
     found = audit(grafted, teacher.tokenizer, text) if audited else None
     costs = [_cost(stage, grafted, machine) for stage in recipe.stages]
-    return Plan(teacher, recipe, machine, layers, sliding, swaps, key_value_bytes, teacher_bytes, costs, found)
+    memory = predict_memory(teacher.model.config, recipe, Target(_kind(machine.device), machine.precision))
+    return Plan(teacher, recipe, machine, layers, sliding, swaps, key_value_bytes, teacher_bytes, costs, memory, found)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The memory that a conversion needs, without a teacher's weights and without the device."""
+
+    model: str
+    target: Target
+    memory: list[StageMemory]
+
+
+def predict_conversion(model: str, recipe: Recipe, target: Target) -> Prediction:
+    """Predict peak memory from the teacher's configuration alone.
+
+    Args:
+        model: as `convert` takes it, or the path of a config.json.
+
+    Raises:
+        LinearizeError: as `convert` would, for the model, the recipe and the surgery.
+    """
+    path = Path(model).expanduser()
+    where = path.parent if path.name == "config.json" and path.is_file() else model
+    return Prediction(model, target, predict_memory(read_config(find_checkpoint(str(where))), recipe, target))
+
+
+def prediction_target(device: str | None, recipe: Recipe, streamed: bool) -> Target:
+    """Where a prediction is for: a GPU, where the user names none; `auto` precision is bf16 there, fp32 on a CPU."""
+    kind = _kind(torch.device(device or "cuda"))
+    usual: dict[str, Precision] = {"cuda": "bf16", "cpu": "fp32"}
+    return Target(kind, usual[kind] if recipe.precision == "auto" else recipe.precision, streamed)
+
+
+def _kind(device: torch.device) -> Literal["cpu", "cuda"]:
+    return "cuda" if device.type == "cuda" else "cpu"
 
 
 def _cost(config: StageConfig, grafted: Graft, machine: Machine) -> StageCost:

@@ -95,6 +95,11 @@ class LayerStream:
         """Of the device's memory that streamed layers take."""
         return sum(slot.buffer.numel() for slot in self._slots)
 
+    @property
+    def host_bytes(self) -> int:
+        """Of the host's memory, page-locked where the device is a GPU."""
+        return sum(host.size for host in self._hosts)
+
     def fetch(self, index: int, down: bool = False) -> None:
         """Have layer `index` on the device for what is launched from now on, and begin to copy the one after it.
 

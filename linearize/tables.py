@@ -16,8 +16,9 @@ from linearize.evals.crossover import Cost, crossover
 from linearize.evals.records import SpeedRow
 from linearize.evals.samples import PROMPT
 from linearize.families import ModelFamily
+from linearize.memory import StageMemory
 from linearize.pipeline import Converted
-from linearize.planning import Plan
+from linearize.planning import Plan, Prediction
 from linearize.recipe import Recipe
 
 
@@ -113,7 +114,27 @@ def plan_report(plan: Plan) -> RenderableType:
         )
     budget = f"A budget of --tokens {plan.tokens_in_time:,} would train in about 15 minutes."
     audited = [] if plan.audit is None else [audit_report(plan.audit)]
-    return Group(facts, table, memory, budget, *audited)
+    return Group(facts, table, memory, memory_table(plan.memory), budget, *audited)
+
+
+def prediction_report(found: Prediction) -> RenderableType:
+    """What a conversion would need on a machine that is not here."""
+    target = found.target
+    how = f"{target.device}, {target.precision}" + (", layers streamed from host memory" if target.streamed else "")
+    return Group(f"[bold]{escape(found.model)}[/bold] on {how}", memory_table(found.memory))
+
+
+def memory_table(stages: Sequence[StageMemory]) -> Table:
+    """Predicted peak memory by term, a column a stage."""
+    names = [f"{number} {stage.name}" for number, stage in enumerate(stages)]
+    table = _table("Peak memory of training, predicted", "term", *names)
+    terms = {term: None for stage in stages for term in stage.terms}
+    for term in terms:
+        table.add_row(term, *(_bytes(stage.terms[term]) if term in stage.terms else "-" for stage in stages))
+    table.add_section()
+    table.add_row("together", *(_bytes(stage.peak) for stage in stages))
+    table.add_row("reached in", *(stage.peak_in for stage in stages))
+    return table
 
 
 def audit_report(audit: Audit) -> RenderableType:

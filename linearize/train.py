@@ -41,6 +41,7 @@ from linearize.checkpoint import (
 from linearize.data.prefetch import MadeAhead
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.spans import span
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
 from linearize.stages.course import Course
 
@@ -152,8 +153,10 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
             stage.course.before_step(state.step)
             started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
             micro_batches, tokens = _forward_backward(stage, ahead, state.micro_batches, accelerator, device)
-            grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
-            metrics, fault = fetch_means(micro_batches, grad_norm, state.micro_batches)  # the step's only sync
+            with span("optimizer"):
+                grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
+            with span("wait"):
+                metrics, fault = fetch_means(micro_batches, grad_norm, state.micro_batches)  # the step's only sync
             if fault is not None:
                 raise _non_finite(state, config, fault, saver.save(state, rng))
             lr = learning_rate(state.step, config.steps, config.optimizer)
@@ -336,7 +339,8 @@ def _forward_backward(
 
     metrics, tokens = [], 0
     for index in range(first, first + accelerator.gradient_accumulation_steps):
-        batch = batches[index].to(device)
+        with span("data"):
+            batch = batches[index].to(device)
         with accelerator.autocast():
             metrics.append(stage.train_micro_batch(batch, backward))
         tokens += batch.tokens
@@ -346,8 +350,9 @@ def _forward_backward(
 def _optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr * group["scale"]
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    with span("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _evaluate(settings: FitSettings, step: int, steps: int) -> dict[str, float]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 
@@ -18,6 +20,8 @@ VARIABLE = "LINEARIZE_BACKEND"
 DTYPES = (torch.float32, torch.bfloat16)
 MAX_WIDTH = 256
 """Of a head, its values and its features of both signs, in bf16; half of it in fp32. More does not fit a program."""
+
+_stand_for: str | None = None
 
 _log = logging.getLogger("linearize_kernels")
 
@@ -33,7 +37,23 @@ def uses_triton(operation: str, tensor: Tensor, *widths: int) -> bool:
     Raises:
         ValueError: where LINEARIZE_BACKEND is unknown, or asks for Triton where it cannot run.
     """
-    return _decide(operation, tensor.device.type, tensor.dtype, max(widths, default=0))
+    return _decide(operation, device_kind(tensor), tensor.dtype, max(widths, default=0))
+
+
+def device_kind(tensor: Tensor) -> str:
+    """The type of the tensor's device, or of the one that it stands for."""
+    return _stand_for or tensor.device.type
+
+
+@contextmanager
+def standing_for(device: str) -> Iterator[None]:
+    """Inside, all tensors stand for ones of this kind of device: for tracing operations without memory or a GPU."""
+    global _stand_for
+    before, _stand_for = _stand_for, device
+    try:
+        yield
+    finally:
+        _stand_for = before
 
 
 @torch.compiler.assume_constant_result

@@ -21,6 +21,7 @@ from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
 from linearize.logits import head_of
 from linearize.losses import DistillationWeights, Heads, distillation_loss
+from linearize.spans import span
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.course import SteadyCourse
 from linearize.stages.parts import Part, trained_parameters
@@ -107,17 +108,19 @@ class Distil:
         if self.config.top_k is not None and batch.teacher is None:
             batch = replace(batch, teacher=self._targets(batch, mask_B1TT))
         teacher_BTD = self._teacher_hidden(batch, mask_B1TT) if batch.teacher is None else None
-        with self._recompute():
+        with span("student"), self._recompute():
             student_LD = run_trunk(self.graft.model, batch, mask_B1TT).flatten(0, 1)
         next_L, mask_L = batch.input_ids_BT.roll(-1, dims=1).flatten(), batch.target_mask_BT.flatten()
-        if teacher_BTD is not None:
-            goal_LD = teacher_BTD.flatten(0, 1)
-            terms = distillation_loss(student_LD, goal_LD, self._heads(), next_L, mask_L, self.weights)
-        else:
-            assert batch.teacher is not None
-            goal = batch.teacher.flat()
-            terms = topk_distillation_loss(student_LD, goal, self._heads(), next_L, mask_L, self.weights)
-        backward(terms.loss)
+        with span("loss"):
+            if teacher_BTD is not None:
+                goal_LD = teacher_BTD.flatten(0, 1)
+                terms = distillation_loss(student_LD, goal_LD, self._heads(), next_L, mask_L, self.weights)
+            else:
+                assert batch.teacher is not None
+                goal = batch.teacher.flat()
+                terms = topk_distillation_loss(student_LD, goal, self._heads(), next_L, mask_L, self.weights)
+        with span("backward"):
+            backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
 
     def _recompute(self) -> AbstractContextManager[None]:
@@ -146,7 +149,7 @@ class Distil:
 
     @torch.no_grad()
     def _teacher_hidden(self, batch: Batch, mask_B1TT: Tensor | None) -> Tensor:
-        with adapters_off(self._adapted), self.graft.as_teacher() as teacher:
+        with span("teacher"), adapters_off(self._adapted), self.graft.as_teacher() as teacher:
             return run_trunk(teacher, batch, mask_B1TT)
 
     def _heads(self) -> Heads:

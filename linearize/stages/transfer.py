@@ -20,6 +20,7 @@ from linearize.attention import Observer, StudentAttention, full_precision, teac
 from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
+from linearize.spans import span
 from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
 from linearize.stages.curriculum import TransferCourse, error_name, parameters_by_layer
 from linearize.stages.forcing import StudentForcing
@@ -179,9 +180,12 @@ class Transfer:
             if layer in self.course.frozen:
                 return self._student_answer(layer, heads) if layer in forced else None
             with torch.enable_grad():
-                answers = self._answers(teacher, heads, clean.get(layer, Goal(heads, teacher_BTHV)))
-                loss = self._loss(answers)
-                backward(loss / layers)
+                with span("student"):
+                    answers = self._answers(teacher, heads, clean.get(layer, Goal(heads, teacher_BTHV)))
+                with span("loss"):
+                    loss = self._loss(answers)
+                with span("backward"):
+                    backward(loss / layers)
             losses.append(loss.detach())
             errors[error_name(layer)] = answers.error.detach()
             return answers.student.answer(answers.student_BTHV.detach()) if layer in forced else None
@@ -197,7 +201,7 @@ class Transfer:
         try:
             for teacher in observed:
                 teacher.observer = observe
-            with torch.no_grad(), self.graft.as_teacher() as model:
+            with span("teacher"), torch.no_grad(), self.graft.as_teacher() as model:
                 run_trunk(model, batch, softmax_mask(model, batch))
         finally:
             for teacher in observed:

@@ -330,7 +330,8 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, dy: Optional, d_scale: Optional, d_s: Optional, d_z: Optional, *_: Any) -> tuple[Any, ...]:
-    tensors, outputs = ctx.saved_tensors[:14], ctx.saved_tensors[14:]
+    saved = ctx.saved_tensors  # once: where activations are recomputed, a second look is refused
+    tensors, outputs = saved[:14], saved[14:]
     dy = torch.zeros_like(outputs[0]) if dy is None else dy
     found = walk_backward(
         dy,

@@ -139,13 +139,14 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _differentiate(ctx: Any, do: Optional, d_den: Optional, *_: Any) -> tuple[Any, ...]:
-    q, k, v, position, sink_k, sink_v, meta, o, den, top, largest = ctx.saved_tensors
+    saved = ctx.saved_tensors  # once: where activations are recomputed, a second look is refused
+    q, k, v, position, sink_k, sink_v, meta, o, den, top, largest = saved
     do = torch.zeros_like(o) if do is None else do.to(v.dtype).contiguous()
     d_den = torch.zeros_like(den) if d_den is None else d_den.contiguous()
     *found, term = window_backward(do, d_den, q, k, v, position, sink_k, sink_v, meta, o, den, top, largest, ctx.window)
     gradients: list[Optional] = [None] * 8
     for place, gradient in zip((0, 1, 2, 4, 5), found, strict=True):
-        tensor = ctx.saved_tensors[place]
+        tensor = saved[place]
         if tensor is not None and ctx.needs_input_grad[place]:
             gradients[place] = gradient.to(tensor.dtype)
     if meta is not None and ctx.needs_input_grad[6]:
