@@ -48,15 +48,19 @@ def convert(
         "out/student"
     ),
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Training text: .parquet, .jsonl, .txt, a folder, or a Hub data set id. Default: the recipe's data "
-            "set, or Python's own documentation when the Hub is out of reach."
+            help="Training text: .parquet, .jsonl, .txt, a folder, or a Hub data set id; repeat it as SOURCE=WEIGHT to "
+            "mix several. Default: the recipe's data set, or Python's own documentation when the Hub is out of reach."
         ),
     ] = None,
     text_field: TextFieldOption = None,
     heldout: Annotated[
         str | None, typer.Option(help="Text to measure on. Default: a part of the training text, kept aside.")
+    ] = None,
+    drop_overlap: Annotated[
+        float | None,
+        typer.Option(help="Drop training documents that share more than this (0 to 1) with held-out text."),
     ] = None,
     tokens: TokensOption = None,
     overrides: SetOption = None,
@@ -75,15 +79,16 @@ def convert(
     from linearize.pipeline import convert as run_conversion
     from linearize.tables import conversion_report
 
+    dropping = () if drop_overlap is None else (f"drop_overlap={drop_overlap}",)
     job = Conversion(
         model,
         recipe,
         out,
-        data,
+        tuple(data or ()),
         text_field,
         heldout,
         tokens,
-        tuple(overrides or ()),
+        (*(overrides or ()), *dropping),
         device,
         resume,
         overwrite,

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from linearize.adapters import lora_parameters
 from linearize.card import CardFacts, model_card
 from linearize.checkpoint import load_latest, seed_all
-from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
+from linearize.data import Budget, Corpus, PackedRows, choose_sources, heldout_from, load_corpus
+from linearize.data.overlap import measure_overlap
 from linearize.errors import DataError
 from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
@@ -56,7 +57,7 @@ class Conversion:
     model: str
     recipe: str = "hedgehog"
     out: str | Path = "out/student"
-    data: str | None = None
+    data: str | Sequence[str] | None = None  # each SOURCE or SOURCE=WEIGHT
     text_field: str | None = None
     heldout: str | None = None
     tokens: int | str | None = None
@@ -114,9 +115,11 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
         check_stages(recipe.stages, plan)
-        corpus = _corpus(job, recipe, teacher, console)
-        heldout, length = _heldout(job, recipe, teacher, corpus)
+        aside = _separate_heldout(job, recipe, teacher)
+        corpus = _corpus(job, recipe, teacher, aside, console)
+        heldout, length = _heldout(recipe, corpus, aside)
         facts = _facts(job, recipe, machine, teacher, corpus)
+        facts["overlap"] = _overlap(corpus, heldout, teacher, console)
         folder.begin(facts)
 
         before = Measured(**folder.once("teacher", lambda: asdict(_measure(teacher.model, teacher, heldout, length))))
@@ -149,43 +152,54 @@ def _machine(job: Conversion, recipe: Recipe, folder: RunFolder) -> Machine:
     return choose_machine(job.device, began or recipe.precision)
 
 
-def _corpus(job: Conversion, recipe: Recipe, teacher: Teacher, console: Console) -> Corpus:
-    if job.data is None:
-        documents, said = default_documents(recipe.data)
-        console.print(said, highlight=False)
-    else:
-        documents = open_documents(job.data, job.text_field)
-        console.print(f"Training text: {documents.name}.", highlight=False)
+def _separate_heldout(job: Conversion, recipe: Recipe, teacher: Teacher) -> dict[str, np.ndarray]:
+    """Held-out tokens of a text of its own, by source; empty without one."""
+    if job.heldout is None:
+        return {}
+    return heldout_from(job.heldout, job.text_field, teacher.tokenizer, recipe.heldout_tokens)
+
+
+def _corpus(
+    job: Conversion, recipe: Recipe, teacher: Teacher, aside: Mapping[str, np.ndarray], console: Console
+) -> Corpus:
+    sources, said = choose_sources(job.data, job.text_field, recipe.data)
+    console.print(said, highlight=False, markup=False)
+    budget = Budget(recipe.tokens, recipe.heldout_tokens, recipe.seed, recipe.drop_overlap)
     with console.status("Reading and tokenising") as status:
-        corpus = build_corpus(
-            documents,
+        corpus = load_corpus(
+            sources,
             teacher.tokenizer,
-            train_tokens=recipe.tokens,
-            heldout_tokens=recipe.heldout_tokens,
-            seed=recipe.seed,
+            budget,
+            aside,
             progress=lambda done, total: status.update(f"Tokenising: {done:,} of {total:,}"),
+            say=partial(console.print, highlight=False, markup=False),
         )
-    if corpus.epochs > 1:
-        console.print(f"The text is used {corpus.epochs:.1f} times: it has fewer tokens than the budget.")
+    for line in corpus.remarks():
+        console.print(line, highlight=False, markup=False)
     return corpus
 
 
-def _heldout(job: Conversion, recipe: Recipe, teacher: Teacher, corpus: Corpus) -> tuple[dict[str, np.ndarray], int]:
+def _heldout(recipe: Recipe, corpus: Corpus, aside: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
     """Held-out tokens by source, and the length of the windows they are read in.
 
     Raises:
         DataError: when there is no held-out text at all.
     """
-    if job.heldout is not None:
-        found = heldout_from(job.heldout, job.text_field, teacher.tokenizer, recipe.heldout_tokens)
-    else:
-        found = {POOLED: np.concatenate([np.empty(0, np.int32), *corpus.heldout.values()])}
+    found = aside or {POOLED: np.concatenate([np.empty(0, np.int32), *corpus.heldout.values()])}
     length = min([*(stage.length for stage in recipe.stages), max(tokens.size for tokens in found.values())])
     if length < 2:
         raise DataError(
             "leaves no text aside to measure on", place=corpus.name, remedy="Give more text, or a file with --heldout."
         )
     return {source: tokens for source, tokens in found.items() if tokens.size >= length}, length
+
+
+def _overlap(corpus: Corpus, heldout: Mapping[str, np.ndarray], teacher: Teacher, console: Console) -> dict[str, float]:
+    """Share of each held-out source's 13-token runs that stand in the training text; said, and noted in the run."""
+    found = measure_overlap(corpus, heldout, teacher.tokenizer)
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False)
+    return {source: share.share for source, share in found.heldout.items()}
 
 
 def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, corpus: Corpus) -> dict[str, Any]:
@@ -214,7 +228,9 @@ def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, 
 def _command(job: Conversion) -> str:
     """The command line that repeats this conversion."""
     words = ["linearize", "convert", "--model", job.model, "--recipe", job.recipe]
-    options = {"--data": job.data, "--text-field": job.text_field, "--heldout": job.heldout, "--tokens": job.tokens}
+    for source in [job.data] if isinstance(job.data, str) else job.data or ():
+        words += ["--data", source]
+    options = {"--text-field": job.text_field, "--heldout": job.heldout, "--tokens": job.tokens}
     for name, value in options.items():
         words += [] if value is None else [name, str(value)]
     for override in job.overrides:

@@ -64,6 +64,13 @@ def interpreter_knows_bfloat16() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
+@pytest.fixture(autouse=True)
+def corpora_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Token caches of tests stay out of the user's cache, where the teacher of tests may lie."""
+    folder = tmp_path_factory.getbasetemp() / "corpora"
+    monkeypatch.setattr("linearize.data.cache.corpora_folder", lambda: folder)
+
+
 @pytest.fixture(scope="session")
 def make_teacher() -> Callable[..., PreTrainedModel]:
     """A function that builds a tiny random teacher whose attention is far from flat."""
