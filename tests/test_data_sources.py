@@ -222,10 +222,10 @@ def test_replies_of_a_real_tokenizer() -> None:
     if not files:
         pytest.skip("the teacher smollm2 is not in the cache; `linearize plan --model smollm2` fetches it")
     tokenizer = AutoTokenizer.from_pretrained(files[0].parent, gguf_file=files[0].name)
-    talk = [{"role": "system", "content": "Be brief."}, *TALK, TALK[0], {"role": "assistant", "content": "  1\n\n2 "}]
+    talk = [{"role": "system", "content": "Be brief."}, *TALK, TALK[0], {"role": "assistant", "content": "1\n\n2 "}]
     ends = ["Yo<|im_end|>", "no<|im_end|>"]
     assert spelt_replies(tokenizer, TALK) == ends
-    assert spelt_replies(tokenizer, talk) == [*ends, "  1\n\n2 <|im_end|>"]
+    assert spelt_replies(tokenizer, talk) == [*ends, "1\n\n2 <|im_end|>"]
     for messages in (TALK, talk):
         conversation = parse_conversation(messages, "here")
         assert conversation is not None

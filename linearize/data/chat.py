@@ -181,7 +181,7 @@ def _reply_spans(tokenizer: PreTrainedTokenizerBase, conversation: Conversation,
 
 
 def _mark(tokens: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> Spelt:
-    """True for each token that spells a character of a span."""
+    """True for each token that spells a character of a span, even where it spells one before it too."""
     bounds = np.array(offsets, dtype=np.int64).reshape(-1, 2)
     replies = np.zeros(len(tokens), dtype=bool)
     for start, end in spans:
