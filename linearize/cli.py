@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
+from linearize.commands import data as data_commands
 from linearize.commands import recipes
 from linearize.commands.options import (
     DeviceOption,
@@ -38,6 +39,7 @@ app = typer.Typer(
     "Start with: [bold]linearize convert --model smollm2 --recipe hedgehog --tokens 150k --out out/student[/bold]",
 )
 app.add_typer(recipes.app, name="recipes")
+app.add_typer(data_commands.app, name="data")
 
 
 @app.command()

@@ -161,13 +161,23 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), tokens: int | str | 
     return checked if tokens is None else _scale(checked, tokens)
 
 
-def _scale(recipe: Recipe, tokens: int | str) -> Recipe:
+def read_tokens(tokens: int | str) -> int:
+    """A positive number of tokens from the command line, such as `150k`.
+
+    Raises:
+        RecipeError: it is none.
+    """
     try:
         total = int(parse_count(tokens))
     except ValueError as error:
         raise RecipeError(str(error), place="--tokens") from None
     if total <= 0:
         raise RecipeError(f"{total} is not a positive number of tokens", place="--tokens")
+    return total
+
+
+def _scale(recipe: Recipe, tokens: int | str) -> Recipe:
+    total = read_tokens(tokens)
     stages = tuple(_scale_stage(stage, stage.tokens * total // recipe.tokens) for stage in recipe.stages)
     return recipe.model_copy(update={"stages": stages})
 

@@ -65,10 +65,9 @@ def interpreter_knows_bfloat16() -> None:
 
 
 @pytest.fixture(autouse=True)
-def corpora_folder(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Token caches of tests stay out of the user's cache, where the teacher of tests may lie."""
-    folder = tmp_path_factory.getbasetemp() / "corpora"
-    monkeypatch.setattr("linearize.data.cache.corpora_folder", lambda: folder)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests cache stays out of the user's cache."""
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")

@@ -119,8 +119,9 @@ def render(tokenizer: PreTrainedTokenizerBase, conversation: Conversation, *, pr
     """The conversation as the template spells it; with `prompt`, up to where the assistant begins its reply.
 
     Raises:
-        DataError: the template refuses it.
+        DataError: there is no template, or it refuses the conversation.
     """
+    _template(tokenizer)
     with _refusals(conversation):
         return str(tokenizer.apply_chat_template(_plain(conversation), tokenize=False, add_generation_prompt=prompt))
 
@@ -146,7 +147,7 @@ def _refusals(conversation: Conversation) -> Iterator[None]:
 def _template(tokenizer: PreTrainedTokenizerBase) -> str:
     if tokenizer.chat_template is None:
         raise DataError(
-            "has no chat template, and the text holds conversations.",
+            "has no chat template, which conversations are spelt with.",
             place="tokenizer",
             remedy="Set tokenizer.chat_template and save it, or name a column of plain text with --text-field.",
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,10 +10,15 @@ import numpy as np
 import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
-from linearize.data.corpus import Corpus
+from linearize.data.cache import load_corpus
+from linearize.data.corpus import Budget, Corpus
 from linearize.data.grams import RUN, Grams
+from linearize.data.heldout import heldout_from
+from linearize.data.mixture import choose_sources
 from linearize.data.strips import Tokens
+from linearize.teacher import load_tokenizer
 
+_HELDOUT_TOKENS = 10_000_000
 _MUCH = 0.1  # a document that shares more than this with held-out text is worth a word
 
 
@@ -77,3 +82,24 @@ def measure_overlap(corpus: Corpus, heldout: Mapping[str, Tokens], tokenizer: Pr
         for index, name in enumerate(corpus.labels)
     }
     return Overlap(sources, training, seen / np.maximum(runs, 1))
+
+
+def compare_texts(
+    model: str, data: Sequence[str], heldout: str, train_tokens: int, text_field: str | None = None
+) -> Overlap:
+    """Compare the first tokens of training text with all of a held-out text, in the tokens of a teacher.
+
+    Args:
+        model: what `--model` takes.
+        data: what `--data` takes.
+        heldout: a file, a folder or a Hub data set; of each source 10M tokens at most.
+        train_tokens: how much of the training text; a shorter one is repeated, which changes no share.
+        text_field: the column of the text, in both.
+
+    Raises:
+        LinearizeError: a text or the tokenizer cannot be read.
+    """
+    tokenizer = load_tokenizer(model)
+    against = heldout_from(heldout, text_field, tokenizer, _HELDOUT_TOKENS)
+    sources, _ = choose_sources(data, text_field, None)
+    return measure_overlap(load_corpus(sources, tokenizer, Budget(train_tokens, 0)), against, tokenizer)

@@ -143,9 +143,7 @@ class Writer:
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             logits_processor=LogitsProcessorList([draws]),
-            generation_config=GenerationConfig(
-                max_new_tokens=steps, do_sample=False, eos_token_id=ends, pad_token_id=pad
-            ),
+            generation_config=self._settings(steps, ends),
         )
         rows = [_until(row, ends) for row in out_BT[:, width:].tolist()]
         texts = tokenizer.batch_decode([row for row, _ in rows], skip_special_tokens=True)
@@ -154,11 +152,27 @@ class Writer:
             for text, (row, finished) in zip(texts, rows, strict=True)
         ]
 
+    def _settings(self, steps: int, ends: list[int]) -> GenerationConfig:
+        """Greedy, as `Draws` leaves one token to choose; what the teacher's own settings would change is undone."""
+        return GenerationConfig(
+            max_new_tokens=steps,
+            do_sample=False,
+            num_beams=1,
+            temperature=1.0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            eos_token_id=ends,
+            pad_token_id=self.teacher.tokenizer.pad_token_id,
+        )
+
     def _ends(self) -> list[int]:
         """The tokens that end a text: the tokenizer's, and those that the teacher's own settings name."""
-        named = self.teacher.model.config.eos_token_id
-        listed = named if isinstance(named, list) else [named]
-        return sorted({end for end in (self.teacher.tokenizer.eos_token_id, *listed) if isinstance(end, int)})
+        model = self.teacher.model
+        assert model.generation_config is not None, "causal language models have one"
+        named = [model.generation_config.eos_token_id, model.config.eos_token_id, self.teacher.tokenizer.eos_token_id]
+        flat = [end for entry in named for end in (entry if isinstance(entry, list) else [entry])]
+        return sorted({int(end) for end in flat if end is not None})
 
 
 def _until(row: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
