@@ -174,14 +174,14 @@ def test_stopped_and_repeated_a_job_gives_the_same_file(folder: str, tmp_path: P
     assert sorted(path.name for path in tmp_path.iterdir()) == ["stopped.parquet", "whole.parquet"]
     row = left.to_pylist()[0]
     assert (row["seed"], row["temperature"], row["top_p"], row["document"]) == (3, 0.9, 0.95, 0)
-    assert row["teacher"] == folder
+    assert row["teacher"] == Path(folder).name
 
     said: list[str] = []
     assert generate(job(folder, out, chat=chat), said.append, silent).tokens == whole.tokens
     assert said == [f"{out} is complete already."]
     sources, _ = choose_sources([str(out)], None, None)
     source, content = next(iter(sources[0].documents))
-    assert source == f"written by {folder}"
+    assert source == f"written by {Path(folder).name}"
     assert content == (row["text"] if not chat else tuple(Message(**message) for message in row["messages"]))
 
 
