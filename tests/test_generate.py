@@ -199,6 +199,8 @@ def test_another_job_does_not_go_on(folder: str, tmp_path: Path, monkeypatch: py
     generate(job(folder, out), silent, silent)
     with pytest.raises(RunError, match=r"a\.parquet: exists already, and is not what this command writes"):
         generate(job(folder, out, sampling=other), silent, silent)
+    with pytest.raises(DataError, match="--start: is for texts without a prompt"):
+        generate(job(folder, out, start="a", chat=True), silent, silent)
     (tmp_path / "b.parquet").write_text("mine")
     with pytest.raises(RunError, match=r"b\.parquet: exists already"):
         generate(job(folder, tmp_path / "b.parquet"), silent, silent)

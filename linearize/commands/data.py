@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -41,7 +42,7 @@ def generate_text(
     sampling = Sampling(temperature=temperature, top_p=top_p, seed=seed, length=length)
     job = Generation(model, out, read_tokens(tokens), sampling, prompts, chat, start, batch, device)
     with log_console.status("Loading the teacher") as status:
-        found = generate(job, lambda line: log_console.print(line, highlight=False), status.update)
+        found = generate(job, partial(log_console.print, highlight=False, markup=False), status.update)
     speed = f", {found.new_tokens / found.seconds:,.0f} tokens/s" if found.seconds else ""
     out_console.print(f"{found.out}: {found.documents:,} documents, {found.tokens:,} tokens{speed}.", highlight=False)
 

@@ -99,6 +99,8 @@ def generate(job: Generation, say: Callable[[str], None], on_step: Callable[[str
         LinearizeError: for all that the user can mend.
         RunInterrupted: on Ctrl-C; finished batches are kept.
     """
+    if job.start is not None and (job.chat or job.prompts is not None):
+        raise DataError("is for texts without a prompt.", place="--start", remedy="Leave out --chat and --prompts.")
     machine = choose_machine(job.device, "auto")
     teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
     prompts = _read_prompts(job.prompts)
