@@ -26,7 +26,7 @@ def convert(
     *,
     recipe: str = "hedgehog",
     out: str | Path = "out/student",
-    data: str | None = None,
+    data: str | Sequence[str] | None = None,
     text_field: str | None = None,
     heldout: str | None = None,
     tokens: int | str | None = None,
@@ -45,7 +45,8 @@ def convert(
         model: a known name (`smollm2`, `llama`, `mistral`), a Hub id, a folder or a `.gguf` file.
         recipe: a shipped recipe's name or the path of a YAML file.
         out: where the student and its run go.
-        data: training text: parquet, jsonl, txt, a folder or a Hub data set; None takes the recipe's default.
+        data: training text: parquet, jsonl, txt, a folder or a Hub data set; None takes the recipe's default. A list
+            mixes several, each as `SOURCE` or `SOURCE=WEIGHT`.
         text_field: the column that holds the text.
         heldout: text to measure on; None keeps some of the training text aside.
         tokens: total training tokens, such as `"150k"`; None takes the recipe's budgets.

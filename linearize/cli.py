@@ -14,6 +14,7 @@ from rich.logging import RichHandler
 from rich.markup import escape
 
 from linearize import __version__
+from linearize.commands import data as data_commands
 from linearize.commands import families, hub, recipes, report, speed, targets
 from linearize.commands.options import (
     DeviceOption,
@@ -44,6 +45,7 @@ app.command("families")(families.list_families)
 app.command("speed")(speed.speed)
 app.command("report")(report.report)
 app.command()(hub.push)
+app.add_typer(data_commands.app, name="data")
 
 
 @app.command()
@@ -54,15 +56,19 @@ def convert(
         "out/student"
     ),
     data: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
-            help="Training text: .parquet, .jsonl, .txt, a folder, or a Hub data set id. Default: the recipe's data "
-            "set, or Python's own documentation when the Hub is out of reach."
+            help="Training text: .parquet, .jsonl, .txt, a folder, or a Hub data set id; repeat it as SOURCE=WEIGHT to "
+            "mix several. Default: the recipe's data set, or Python's own documentation when the Hub is out of reach."
         ),
     ] = None,
     text_field: TextFieldOption = None,
     heldout: Annotated[
         str | None, typer.Option(help="Text to measure on. Default: a part of the training text, kept aside.")
+    ] = None,
+    drop_overlap: Annotated[
+        float | None,
+        typer.Option(help="Drop training documents that share more than this (0 to 1) with held-out text."),
     ] = None,
     tokens: TokensOption = None,
     overrides: SetOption = None,
@@ -92,15 +98,16 @@ def convert(
     from linearize.pipeline import convert as run_conversion
     from linearize.tables import conversion_report
 
+    dropping = () if drop_overlap is None else (f"drop_overlap={drop_overlap}",)
     job = Conversion(
         model,
         recipe,
         out,
-        data,
+        tuple(data or ()),
         text_field,
         heldout,
         tokens,
-        tuple(overrides or ()),
+        (*(overrides or ()), *dropping),
         device,
         resume,
         overwrite,

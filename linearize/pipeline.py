@@ -20,7 +20,8 @@ from linearize.adapters import lora_parameters
 from linearize.caching import Targets, check_targets, targets_of
 from linearize.card import model_card
 from linearize.checkpoint import load_latest, seed_all
-from linearize.data import Corpus, build_corpus, default_documents, heldout_from, open_documents, scheduled_rows
+from linearize.data import Budget, Corpus, choose_sources, heldout_from, load_corpus, scheduled_rows
+from linearize.data.overlap import measure_overlap
 from linearize.errors import DataError, RunError
 from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
@@ -61,7 +62,7 @@ class Conversion:
     model: str
     recipe: str = "hedgehog"
     out: str | Path = "out/student"
-    data: str | None = None
+    data: str | Sequence[str] | None = None  # each SOURCE or SOURCE=WEIGHT
     text_field: str | None = None
     heldout: str | None = None
     tokens: int | str | None = None
@@ -128,10 +129,12 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
         check_stages(recipe.stages, plan)
-        corpus = _corpus(job, recipe, teacher, console)
-        heldout, length = _heldout(job, recipe, teacher, corpus)
+        aside = _separate_heldout(job, recipe, teacher)
+        corpus = _corpus(job, recipe, teacher, aside, console)
+        heldout, length = _heldout(recipe, corpus, aside)
         targets = _targets(job, recipe, machine, teacher, corpus)
         facts = _facts(job, recipe, machine, teacher, corpus)
+        facts["overlap"] = _overlap(corpus, heldout, teacher, console)
         folder.begin(facts)
 
         streamed = stream_layers(teacher.model, machine.device) if stream else None
@@ -188,37 +191,40 @@ def _check_stream(job: Conversion, recipe: Recipe) -> bool:
     return job.stream_layers
 
 
-def _corpus(job: Conversion, recipe: Recipe, teacher: Teacher, console: Console) -> Corpus:
-    if job.data is None:
-        documents, said = default_documents(recipe.data)
-        console.print(said, highlight=False)
-    else:
-        documents = open_documents(job.data, job.text_field)
-        console.print(f"Training text: {documents.name}.", highlight=False)
+def _separate_heldout(job: Conversion, recipe: Recipe, teacher: Teacher) -> dict[str, np.ndarray]:
+    """Held-out tokens of a text of its own, by source; empty without one."""
+    if job.heldout is None:
+        return {}
+    return heldout_from(job.heldout, job.text_field, teacher.tokenizer, recipe.heldout_tokens)
+
+
+def _corpus(
+    job: Conversion, recipe: Recipe, teacher: Teacher, aside: Mapping[str, np.ndarray], console: Console
+) -> Corpus:
+    sources, said = choose_sources(job.data, job.text_field, recipe.data)
+    console.print(said, highlight=False, markup=False)
+    budget = Budget(recipe.tokens, recipe.heldout_tokens, recipe.seed, recipe.drop_overlap)
     with console.status("Reading and tokenising") as status:
-        corpus = build_corpus(
-            documents,
+        corpus = load_corpus(
+            sources,
             teacher.tokenizer,
-            train_tokens=recipe.tokens,
-            heldout_tokens=recipe.heldout_tokens,
-            seed=recipe.seed,
+            budget,
+            aside,
             progress=lambda done, total: status.update(f"Tokenising: {done:,} of {total:,}"),
+            say=partial(console.print, highlight=False, markup=False),
         )
-    if corpus.epochs > 1:
-        console.print(f"The text is used {corpus.epochs:.1f} times: it has fewer tokens than the budget.")
+    for line in corpus.remarks():
+        console.print(line, highlight=False, markup=False)
     return corpus
 
 
-def _heldout(job: Conversion, recipe: Recipe, teacher: Teacher, corpus: Corpus) -> tuple[dict[str, np.ndarray], int]:
+def _heldout(recipe: Recipe, corpus: Corpus, aside: Mapping[str, np.ndarray]) -> tuple[dict[str, np.ndarray], int]:
     """Held-out tokens by source, and the length of the windows they are read in.
 
     Raises:
         DataError: when there is no held-out text at all.
     """
-    if job.heldout is not None:
-        found = heldout_from(job.heldout, job.text_field, teacher.tokenizer, recipe.heldout_tokens)
-    else:
-        found = {POOLED: np.concatenate([np.empty(0, np.int32), *corpus.heldout.values()])}
+    found = aside or {POOLED: np.concatenate([np.empty(0, np.int32), *corpus.heldout.values()])}
     length = min([*(stage.length for stage in recipe.stages), max(tokens.size for tokens in found.values())])
     if length < 2:
         raise DataError(
@@ -247,9 +253,9 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
     check_targets(recipe)
     machine = choose_machine(job.device, recipe.precision)
     teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
-    plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax)
+    plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     check_stages(recipe.stages, plan)
-    corpus = _corpus(job, recipe, teacher, console)
+    corpus = _corpus(job, recipe, teacher, _separate_heldout(job, recipe, teacher), console)
     targets = _targets(job, recipe, machine, teacher, corpus)
     assert targets is not None, "the command line asks for a folder"
     grafted = graft(teacher.model, plan)
@@ -257,6 +263,14 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
         if isinstance(config, DistilConfig):
             stage = Distil(config.model_copy(update={"lora": None}), grafted)  # the teacher has no adapters
             targets.write(stage, index, _batches(corpus, recipe, index), console)
+
+
+def _overlap(corpus: Corpus, heldout: Mapping[str, np.ndarray], teacher: Teacher, console: Console) -> dict[str, float]:
+    """Share of each held-out source's 13-token runs that stand in the training text; said, and noted in the run."""
+    found = measure_overlap(corpus, heldout, teacher.tokenizer)
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False)
+    return {source: share.share for source, share in found.heldout.items()}
 
 
 def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, corpus: Corpus) -> dict[str, Any]:
@@ -300,7 +314,9 @@ def hub_data_set(name: str) -> str | None:
 def _command(job: Conversion) -> str:
     """The command line that repeats this conversion."""
     words = ["linearize", "convert", "--model", job.model, "--recipe", job.recipe]
-    options = {"--data": job.data, "--text-field": job.text_field, "--heldout": job.heldout, "--tokens": job.tokens}
+    for source in [job.data] if isinstance(job.data, str) else job.data or ():
+        words += ["--data", source]
+    options = {"--text-field": job.text_field, "--heldout": job.heldout, "--tokens": job.tokens}
     for name, value in options.items():
         words += [] if value is None else [name, str(value)]
     for override in job.overrides:

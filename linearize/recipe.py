@@ -21,7 +21,8 @@ from pydantic import (
 )
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
-from linearize.config import Config, TokenCount, parse_count
+from linearize.config import Config, Number, TokenCount, parse_count
+from linearize.data import RecipeData, SourceConfig
 from linearize.errors import RecipeError, unknown_name
 from linearize.mixers import MIXERS, MixerConfig
 from linearize.paths import shipped
@@ -41,7 +42,12 @@ class Recipe(Config):
     keep_softmax: KeepSoftmax = "none"
     replace_sliding: bool = Field(False, description="also replace layers whose softmax slides over a window already")
     stages: tuple[SerializeAsAny[StageConfig], ...] = Field(min_length=1)
-    data: str | None = Field("HuggingFaceFW/fineweb-edu:sample-10BT", description="Hub data set without --data")
+    data: RecipeData = Field(
+        "HuggingFaceFW/fineweb-edu:sample-10BT", description="without --data: a Hub data set, or a list of sources"
+    )
+    drop_overlap: Number | None = Field(
+        None, ge=0, lt=1, description="drop training documents that share more than this with held-out text"
+    )
     heldout_tokens: TokenCount = Field(8192, gt=0, description="tokens kept aside to measure on (per source of a file)")
     evaluations: int = Field(4, ge=1, description="held-out measurements per stage, the last at its end")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -56,6 +62,14 @@ class Recipe(Config):
         except ValidationError:
             forms = "`none`, a list of layer numbers such as [0, 12], or {every: 4}"
             raise ValueError(f"must be {forms} (got {value!r})") from None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _data_is_text_or_list(cls, value: Any) -> Any:
+        """One message instead of one for each form; `_check` has read a list's entries."""
+        if value is None or (isinstance(value, (str, tuple)) and value):
+            return value
+        raise ValueError(f"must be a Hub data set, or a list of {{source: …, weight: …}} (got {value!r})")
 
     @model_validator(mode="after")
     def _stages_fit_the_mixer(self) -> "Recipe":
@@ -148,13 +162,23 @@ def load_recipe(recipe: str, overrides: Sequence[str] = (), tokens: int | str | 
     return checked if tokens is None else _scale(checked, tokens)
 
 
-def _scale(recipe: Recipe, tokens: int | str) -> Recipe:
+def read_tokens(tokens: int | str) -> int:
+    """A positive number of tokens from the command line, such as `150k`.
+
+    Raises:
+        RecipeError: it is none.
+    """
     try:
         total = int(parse_count(tokens))
     except ValueError as error:
         raise RecipeError(str(error), place="--tokens") from None
     if total <= 0:
         raise RecipeError(f"{total} is not a positive number of tokens", place="--tokens")
+    return total
+
+
+def _scale(recipe: Recipe, tokens: int | str) -> Recipe:
+    total = read_tokens(tokens)
     stages = tuple(_scale_stage(stage, stage.tokens * total // recipe.tokens) for stage in recipe.stages)
     return recipe.model_copy(update={"stages": stages})
 
@@ -248,6 +272,10 @@ def _check(values: dict[str, Any], source: _Source) -> Recipe:
         kinds = {kind: entry.config for kind, entry in STAGES.items()}
         rest["stages"] = tuple(
             _part(stage, f"stages.{index}", kinds, source) for index, stage in enumerate(values["stages"])
+        )
+    if isinstance(values.get("data"), list):
+        rest["data"] = tuple(
+            _validate(SourceConfig, entry, f"data.{index}", source) for index, entry in enumerate(values["data"])
         )
     return _validate(Recipe, rest, "", source)
 

@@ -113,6 +113,16 @@ def load_teacher(
     )
 
 
+def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a teacher, as `load_teacher` gives it, without its weights in memory.
+
+    Raises:
+        TeacherError: as `load_teacher`.
+    """
+    checkpoint = find_checkpoint(model)
+    return _load_tokenizer(checkpoint, read_config(checkpoint))
+
+
 def choose_attention(
     config: PreTrainedConfig, dtype: torch.dtype, device: torch.device, asked: str | None
 ) -> tuple[str, str]:

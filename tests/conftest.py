@@ -71,6 +71,12 @@ def interpreter_knows_bfloat16() -> None:
     InterpreterBuilder.cast_impl = cast_impl
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests cache stays out of the user's cache."""
+    monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture(scope="session")
 def make_teacher() -> Callable[..., PreTrainedModel]:
     """A function that builds a tiny random teacher whose attention is far from flat."""

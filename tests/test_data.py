@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import datasets
@@ -18,11 +19,14 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 import linearize.data.corpus as corpus_module
+import linearize.data.encoding as encoding_module
+import linearize.data.heldout as heldout_module
 from linearize.data import (
+    Budget,
     Corpus,
     Documents,
     PackedRows,
-    build_corpus,
+    Source,
     builtin_documents,
     default_documents,
     heldout_from,
@@ -68,6 +72,20 @@ def _byte_characters() -> dict[int, str]:
 def texts_as_documents(texts: list[str], source: str = "s", streamed: bool = False) -> Documents:
     entries = [(source, text) for text in texts]
     return Documents("texts", "fingerprint", lambda seed: iter(sources._ordered(entries, seed)), streamed)
+
+
+def build(
+    documents: Documents,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    train_tokens: int,
+    heldout_tokens: int,
+    seed: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Corpus:
+    """A corpus of one source."""
+    budget = Budget(train_tokens, heldout_tokens, seed)
+    return corpus_module.build_corpus([Source(documents)], tokenizer, budget, progress=progress)
 
 
 def write_parquet(path: Path, columns: dict[str, list[object]]) -> Path:
@@ -121,7 +139,7 @@ def test_text_field(tmp_path: Path) -> None:
     assert list(open_documents(str(only), None)) == [("s", "one")]
     two = write_parquet(tmp_path / "two.parquet", {"question": ["q"], "answer": ["a"], "n": [1]})
     with pytest.raises(DataError, match=r"two\.parquet: no column 'text' and 2 .* columns: question, answer, n"):
-        open_documents(str(two), None)
+        list(open_documents(str(two), None))
     assert list(open_documents(str(two), "answer")) == [("two", "a")]
     dictionary = pa.table({"text": pa.array(["x", "x"]).dictionary_encode()})
     pq.write_table(dictionary, tmp_path / "dictionary.parquet")
@@ -154,23 +172,23 @@ def test_bad_file_is_refused_with_its_place(tmp_path: Path, name: str) -> None:
     raw, text_field, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(raw)
     with pytest.raises(DataError, match=message) as caught:
-        open_documents(str(tmp_path / name), text_field)
+        list(open_documents(str(tmp_path / name), text_field))
     assert caught.value.remedy
 
 
 def test_bad_parquet_columns(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a.parquet", {"text": ["a"], "n": [1]})
     with pytest.raises(DataError, match=r"a\.parquet: no column 'body'; columns: text, n"):
-        open_documents(str(path), "body")
+        list(open_documents(str(path), "body"))
     with pytest.raises(DataError, match=r"a\.parquet: column 'n' does not hold text; columns with text: text"):
-        open_documents(str(path), "n")
+        list(open_documents(str(path), "n"))
     nulls = write_parquet(tmp_path / "nulls.parquet", {"text": pa.array([None, " "], pa.string())})
     with pytest.raises(DataError, match=r"nulls\.parquet: empty"):
-        open_documents(str(nulls), None)
+        list(open_documents(str(nulls), None))
     broken = pa.array([b"ok", b"\xff"]).view(pa.string())
     path = write_parquet(tmp_path / "bytes.parquet", {"text": broken})
     with pytest.raises(DataError, match=r"bytes\.parquet, column 'text': not UTF-8 text"):
-        open_documents(str(path), None)
+        list(open_documents(str(path), None))
 
 
 def test_missing_and_unreadable_folders(tmp_path: Path) -> None:
@@ -257,7 +275,7 @@ def test_builtin_documents(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = builtin_documents()
     assert documents.fingerprint == builtin_documents().fingerprint
     assert {source for source, _ in documents} == {"python_docs", "python_source"}
-    corpus = build_corpus(documents, tokenizer, train_tokens=100_000, heldout_tokens=20_000, seed=0, progress=None)
+    corpus = build(documents, tokenizer, train_tokens=100_000, heldout_tokens=20_000, seed=0)
     assert corpus.tokens.size == 100_000
     assert sum(tokens.size for tokens in corpus.heldout.values()) == 20_000
 
@@ -269,7 +287,7 @@ def test_corpus_spells_its_documents(tokenizer: PreTrainedTokenizerFast) -> None
     texts = [f"document {i}: " + "ab é\n" * (i % 7) for i in range(1000)]
     documents = texts_as_documents(texts)
     reports: list[tuple[int, int]] = []
-    corpus = build_corpus(
+    corpus = build(
         documents, tokenizer, train_tokens=5000, heldout_tokens=100, seed=1, progress=lambda *r: reports.append(r)
     )
     assert corpus.tokens.dtype == np.int32
@@ -286,26 +304,22 @@ def test_corpus_spells_its_documents(tokenizer: PreTrainedTokenizerFast) -> None
 def test_corpus_is_the_same_for_the_same_seed(tokenizer: PreTrainedTokenizerFast) -> None:
     documents = texts_as_documents([f"document {i} {'x' * (i % 40)}" for i in range(900)])
 
-    def build(seed: int, train_tokens: int = 4000) -> Corpus:
-        return build_corpus(
-            documents, tokenizer, train_tokens=train_tokens, heldout_tokens=50, seed=seed, progress=None
-        )
+    def ordered(seed: int, train_tokens: int = 4000) -> Corpus:
+        return build(documents, tokenizer, train_tokens=train_tokens, heldout_tokens=50, seed=seed)
 
-    first, again, other = build(0), build(0), build(1)
+    first, again, other = ordered(0), ordered(0), ordered(1)
     assert np.array_equal(first.tokens, again.tokens)
     assert first.fingerprint == again.fingerprint
     assert not np.array_equal(first.tokens, other.tokens)
-    assert len({first.fingerprint, other.fingerprint, build(0, 4001).fingerprint}) == 3
-    assert np.array_equal(build(0, 6000).tokens[:4000], first.tokens)  # a larger budget goes on where a smaller ended
+    assert len({first.fingerprint, other.fingerprint, ordered(0, 4001).fingerprint}) == 3
+    assert np.array_equal(ordered(0, 6000).tokens[:4000], first.tokens)  # a larger budget goes on where a smaller ended
 
 
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 99), copies=st.integers(1, 3), budget=st.sampled_from([3_000, 60_000]))
 def test_heldout_never_trains(tokenizer: PreTrainedTokenizerFast, seed: int, copies: int, budget: int) -> None:
     texts = [f"text number {i}, {i * i}" for i in range(1200)] * copies
-    corpus = build_corpus(
-        texts_as_documents(texts), tokenizer, train_tokens=budget, heldout_tokens=300, seed=seed, progress=None
-    )
+    corpus = build(texts_as_documents(texts), tokenizer, train_tokens=budget, heldout_tokens=300, seed=seed)
     held = spell(tokenizer, corpus.heldout["s"])
     trained = set(spell(tokenizer, corpus.tokens)[:-1])  # the budget cuts the last one
     assert len(held) == len(set(held)) > 5
@@ -319,9 +333,7 @@ def test_sides_do_not_depend_on_seed_or_budget(tokenizer: PreTrainedTokenizerFas
     held: set[str] = set()
     trained: set[str] = set()
     for seed, budget in ((0, 1000), (1, 20_000), (2, 60_000)):
-        corpus = build_corpus(
-            documents, tokenizer, train_tokens=budget, heldout_tokens=10_000, seed=seed, progress=None
-        )
+        corpus = build(documents, tokenizer, train_tokens=budget, heldout_tokens=10_000, seed=seed)
         held |= set(spell(tokenizer, corpus.heldout["s"]))
         trained |= set(spell(tokenizer, corpus.tokens)[:-1])
     assert 20 <= len(held) <= 60  # 2 % of 2,000
@@ -331,9 +343,7 @@ def test_sides_do_not_depend_on_seed_or_budget(tokenizer: PreTrainedTokenizerFas
 def test_few_documents_are_cut_at_their_end(tokenizer: PreTrainedTokenizerFast) -> None:
     text = " ".join(f"word{i}" for i in range(2000))
     documents = texts_as_documents([text, text])  # the copy must not bring the end back
-    corpus = build_corpus(
-        documents, tokenizer, train_tokens=4 * len(text), heldout_tokens=10_000, seed=0, progress=None
-    )
+    corpus = build(documents, tokenizer, train_tokens=4 * len(text), heldout_tokens=10_000, seed=0)
     (held,) = spell(tokenizer, corpus.heldout["s"])
     assert text.endswith(held)
     assert 0.045 < len(held) / len(text) < 0.055
@@ -344,9 +354,7 @@ def test_few_documents_are_cut_at_their_end(tokenizer: PreTrainedTokenizerFast) 
 
 def test_a_short_text_is_repeated_in_new_orders(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = [chr(97 + i) * (i + 1) for i in range(10)]
-    corpus = build_corpus(
-        texts_as_documents(texts), tokenizer, train_tokens=1000, heldout_tokens=0, seed=0, progress=None
-    )
+    corpus = build(texts_as_documents(texts), tokenizer, train_tokens=1000, heldout_tokens=0, seed=0)
     size = round(1000 / corpus.epochs)
     assert corpus.epochs > 10
     spelt = spell(tokenizer, corpus.tokens)
@@ -362,16 +370,15 @@ def test_a_short_text_is_repeated_in_new_orders(tokenizer: PreTrainedTokenizerFa
 def test_long_documents_are_cut_in_pieces_without_a_trace(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_PIECE", 50)
+    monkeypatch.setattr(encoding_module, "_PIECE", 50)
     monkeypatch.setattr(corpus_module, "_BATCH", 120)
     texts = [f"{i} " + "some words, é and more.\n\n" * i for i in range(1, 12)] + ["x" * 333]
-    corpus = build_corpus(
+    corpus = build(
         texts_as_documents([*texts, *map(str, range(600))]),
         tokenizer,
         train_tokens=20_000,
         heldout_tokens=0,
         seed=0,
-        progress=None,
     )
     assert set(texts) <= set(spell(tokenizer, corpus.tokens))
 
@@ -379,7 +386,7 @@ def test_long_documents_are_cut_in_pieces_without_a_trace(
 def test_streams_end_the_search_for_heldout_text(
     tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(corpus_module, "_SCAN", 10_000)
+    monkeypatch.setattr(heldout_module, "_SCAN", 10_000)
     read = 0
 
     def endless(seed: int | None):
@@ -389,16 +396,16 @@ def test_streams_end_the_search_for_heldout_text(
             yield "s", f"text number {read}"
 
     documents = Documents("stream", "f", endless, streamed=True)
-    build_corpus(documents, tokenizer, train_tokens=1000, heldout_tokens=10**9, seed=0, progress=None)
+    build(documents, tokenizer, train_tokens=1000, heldout_tokens=10**9, seed=0)
     assert 500 < read < 2000
 
 
 def test_unusable_text_and_tokenizer(tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="texts: holds no text to train on"):
-        build_corpus(texts_as_documents([]), tokenizer, train_tokens=10, heldout_tokens=0, seed=0, progress=None)
+        build(texts_as_documents([]), tokenizer, train_tokens=10, heldout_tokens=0, seed=0)
     bare = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
     with pytest.raises(DataError, match="tokenizer: has no end-of-text token"):
-        build_corpus(texts_as_documents(["a"]), bare, train_tokens=10, heldout_tokens=0, seed=0, progress=None)
+        build(texts_as_documents(["a"]), bare, train_tokens=10, heldout_tokens=0, seed=0)
 
 
 def test_heldout_from(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

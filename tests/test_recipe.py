@@ -81,7 +81,7 @@ BROKEN = [  # (what is replaced, by what, line, what is said)
     ("name: test\n", "", None, "name: is missing"),
     ("name: test", "name: [1]", 1, "name: Input should be a valid string (got [1])"),
     ("name: test", "nam: test", 1, "nam: unknown key; did you mean 'name'?"),
-    ("name: test", "name: test\nzzz: 1", 2, "zzz: unknown key; known keys: data, evaluations"),
+    ("name: test", "name: test\nzzz: 1", 2, "zzz: unknown key; known keys: data, drop_overlap, evaluations"),
     ("name: test", "name: test\nname: again", 2, "name: is given twice"),
     ("name: test", "name: test\n1: 2", 2, "1: Keys should be strings"),
     ("name: test", "name: test\nprecision: bf61", 2, "precision: .* (got 'bf61'); did you mean 'bf16'?"),
@@ -304,6 +304,7 @@ def test_token_counts(text: object, count: int) -> None:
 
 CHANGES = [
     "name=other",
+    "drop_overlap=0.1",
     "paper=x",
     "mixer.bias=false",
     "mixer.features=8",

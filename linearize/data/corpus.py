@@ -1,33 +1,62 @@
-"""Turn documents into one array of training tokens and, per source, held-out tokens that are never trained on."""
+"""Turn sources into one array of training tokens and, per source, held-out tokens that are never trained on."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from transformers import PreTrainedTokenizerBase
 
+from linearize.data.encoding import Encoder, Piece, pieces
 from linearize.data.files import Document
-from linearize.data.sources import Documents, open_documents
+from linearize.data.grams import Grams
+from linearize.data.heldout import divide
+from linearize.data.mixture import Source, name_of, shares
+from linearize.data.strips import Labels, Mask, Starts, Strip, Tokens, interleave, join
 from linearize.errors import DataError
 
-Tokens = npt.NDArray[np.int32]
-Starts = npt.NDArray[np.int64]
 Progress = Callable[[int, int], None]
 
-_HELDOUT_PER_MILLE = 20  # documents whose hash puts them on the held-out side
-_FEW_DOCUMENTS = 500  # below this a hash might hold out nothing, so every document's end is held out instead
-_TAIL = 0.05  # share of the characters held out then
-_PIECE = 32_768  # characters handed to the tokenizer at once
 _BATCH = 1_000_000  # characters tokenised between two reports of progress
 _CHARACTERS_PER_TOKEN = 5  # a little more than usual, so that few batches are needed
-_SCAN = 64_000_000  # characters of a Hub stream read in search of held-out text alone
+_FORMAT = 1  # of what is built from the same text; raise it when the same arguments give other tokens
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of the text is wanted, and in which order.
+
+    Attributes:
+        train_tokens: size of `Corpus.tokens`, exactly.
+        heldout_tokens: held-out tokens over all sources, at most. Fewer when there is not that much.
+        seed: orders the documents.
+        drop_overlap: documents of whose n-grams more than this share stand in held-out text do not train; None keeps
+            all. A text longer than a million characters is judged in parts.
+    """
+
+    train_tokens: int
+    heldout_tokens: int
+    seed: int = 0
+    drop_overlap: float | None = None
+
+
+class Part(NamedTuple):
+    """What one source gave.
+
+    Attributes:
+        name: where the text comes from.
+        tokens: of `Corpus.tokens`.
+        epochs: tokens / tokens of one pass over the source; 1.0 while it was enough.
+        dropped: documents left out because they overlap with held-out text.
+    """
+
+    name: str
+    tokens: int
+    epochs: float
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -36,11 +65,15 @@ class Corpus:
 
     Attributes:
         name: where the text comes from.
-        fingerprint: of the source, the tokenizer's vocabulary, the seed and the budgets.
-        tokens: int32 [N]; the documents one after another, each ended by the tokenizer's EOS token.
-        document_starts: int64; indices into `tokens` at which a document starts, ascending, the first is 0.
+        fingerprint: of the sources, the tokenizer and the budget.
+        tokens: int32 [N]; the documents one after another. Texts end with the tokenizer's EOS token, conversations as
+            their template ends them.
+        document_starts: int64 [D]; indices into `tokens` at which a document starts, ascending, the first is 0.
         epochs: N / tokens of one pass over the text; 1.0 while the text was enough.
         heldout: source -> int32 tokens, documents one after another, in all about the budget. May be empty.
+        targets: bool [N]; True for tokens that are to be predicted: of conversations, the replies. None = all.
+        labels: names of the documents' sources, and document_labels: int32 [D], indices into it. Empty when unknown.
+        parts: one for each source that was given.
     """
 
     name: str
@@ -49,248 +82,182 @@ class Corpus:
     document_starts: Starts
     epochs: float
     heldout: dict[str, Tokens]
+    targets: Mask | None = None
+    labels: tuple[str, ...] = ()
+    document_labels: Labels | None = None
+    parts: tuple[Part, ...] = ()
+
+    def remarks(self) -> list[str]:
+        """What a reader should know about the sources, in sentences."""
+        said = []
+        for part in self.parts:
+            if part.epochs > 1:
+                said.append(f"{part.name} is used {part.epochs:.1f} times: it has fewer tokens than its budget.")
+            if part.dropped:
+                said.append(f"{part.name}: {part.dropped:,} documents that overlap with held-out text are left out.")
+        return said
 
 
-@dataclass(frozen=True)
-class _Encoder:
-    """A tokenizer as a function from plain text to int32 tokens; adds no special tokens."""
-
-    tokenizer: PreTrainedTokenizerBase
-    eos: Tokens
-
-    @classmethod
-    def of(cls, tokenizer: PreTrainedTokenizerBase) -> "_Encoder":
-        if tokenizer.eos_token_id is None:
-            raise DataError(
-                "has no end-of-text token, so documents cannot be told apart.",
-                place="tokenizer",
-                remedy="Set tokenizer.eos_token.",
-            )
-        return cls(tokenizer, np.array([tokenizer.eos_token_id], dtype=np.int32))
-
-    def __call__(self, texts: list[str]) -> list[Tokens]:
-        encoded = self.tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
-
-    def at_most(self, text: str, limit: int) -> Tokens:
-        """The first `limit` tokens of a document with its EOS; reads no more text than that takes."""
-        parts: list[Tokens] = []
-        found = 0
-        for piece in _pieces(text):
-            if found >= limit:
-                break
-            parts += self([piece.text])
-            found += parts[-1].size
-        return np.concatenate([*parts, self.eos])[:limit]
-
-    def fingerprint(self) -> str:
-        return hashlib.sha256(json.dumps(sorted(self.tokenizer.get_vocab().items())).encode()).hexdigest()
-
-
-class _Piece(NamedTuple):
-    text: str
-    first: bool  # of its document
-    last: bool
-
-
-def _pieces(text: str) -> Iterator[_Piece]:
-    """Cut a long text between a word and white space, where byte-level tokenizers cut as well.
-
-    A tokenizer without such a cut (SentencePiece) may spell the seam differently: one word in 32,768 characters.
-    """
-    start = 0
-    while len(text) - start > _PIECE:
-        end = _gap_before(text, start + _PIECE)
-        yield _Piece(text[start:end], start == 0, False)
-        start = end
-    yield _Piece(text[start:], start == 0, True)
-
-
-def _gap_before(text: str, end: int) -> int:
-    """The last index <= end < len(text) at which white space follows a word, not far away; else `end`."""
-    for index in range(end, max(0, end - _PIECE // 2), -1):
-        if text[index].isspace() and text[index - 1].isalnum():
-            return index
-    return end
-
-
-@dataclass
-class _Split:
-    """Keeps held-out text away from training, by a rule that depends on the text alone.
-
-    With few documents the end of each is held out; otherwise whole documents, by the hash of their text.
-    """
-
-    encode: _Encoder
-    budget: int  # held-out tokens
-    few: bool
-    found: int = 0
-    heldout: dict[str, list[Tokens]] = field(default_factory=dict)
-    seen: set[bytes] = field(default_factory=set)
-
-    @property
-    def full(self) -> bool:
-        return self.found >= self.budget
-
-    def training_text(self, document: Document) -> str:
-        """The part of a document to train on, perhaps empty; takes the other part as long as the budget allows."""
-        source, text = document
-        digest = hashlib.blake2b(text.strip().encode(), digest_size=8).digest()
-        if self.few:
-            tail = int(len(text) * _TAIL)
-            cut = _gap_before(text, len(text) - tail) if tail else len(text)
-        else:
-            cut = 0 if int.from_bytes(digest) % 1000 < _HELDOUT_PER_MILLE else len(text)
-        kept, held = text[:cut], text[cut:]
-        if held.strip() and not self.full and digest not in self.seen:
-            self.seen.add(digest)
-            tokens = self.encode.at_most(held, self.budget - self.found)
-            self.heldout.setdefault(source, []).append(tokens)
-            self.found += tokens.size
-        return kept if kept.strip() else ""
+def corpus_fingerprint(
+    sources: Sequence[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    budget: Budget,
+    against: Mapping[str, Tokens] | None = None,
+) -> str:
+    """Of all that decides what `build_corpus` gives; found without reading a document."""
+    texts = [(source.documents.fingerprint, source.weight) for source in sources]
+    shunned = [] if budget.drop_overlap is None else sorted((against or {}).items())
+    heldout = [(name, hashlib.sha256(tokens.tobytes()).hexdigest()) for name, tokens in shunned]
+    identity = (_FORMAT, texts, Encoder.of(tokenizer).fingerprint(), budget, heldout)
+    return hashlib.sha256(repr(identity).encode()).hexdigest()
 
 
 def build_corpus(
-    documents: Documents,
+    sources: Sequence[Source],
     tokenizer: PreTrainedTokenizerBase,
-    *,
-    train_tokens: int,
-    heldout_tokens: int,
-    seed: int,
+    budget: Budget,
+    against: Mapping[str, Tokens] | None = None,
     progress: Progress | None = None,
 ) -> Corpus:
-    """Read, split and tokenise just enough documents, in the order of `seed`.
+    """Read, split and tokenise just enough documents, in the order of the budget's seed.
 
-    About 2 % of the documents never train: those whose text hashes to the held-out side. Copies of a document fall on
-    the same side, in any order and with any seed. With fewer than 500 documents the last 5 % of each is held out
-    instead. A text shorter than the budget is repeated, its documents in a new order each time.
+    Each source gives its share of the tokens and of the held-out text, and their documents are interleaved so that
+    every beginning of the corpus holds each source at its share. What is held out: `linearize.data.heldout.divide`. A
+    source smaller than its share is repeated, its documents in a new order each time; in a pass every token of a
+    document comes exactly once.
 
     Args:
-        documents: the text.
-        tokenizer: with an EOS token; no other special token is added.
-        train_tokens: size of `Corpus.tokens`, exactly.
-        heldout_tokens: held-out tokens over all sources, at most. Fewer when there is not that much.
-        seed: orders the documents.
-        progress: called with (training tokens so far, train_tokens).
+        sources: the text.
+        tokenizer: with an EOS token; no other special token is added to texts.
+        budget: how much.
+        against: further held-out tokens for `Budget.drop_overlap`.
+        progress: called with (training tokens so far, all of them).
 
     Raises:
-        DataError: the documents hold no text to train on, or the tokenizer has no EOS token.
+        DataError: a source holds no text to train on, or the tokenizer has no EOS token, or no chat template although
+            there are conversations.
     """
-    encode = _Encoder.of(tokenizer)
-    stream = documents.read(seed)
-    first = list(islice(stream, _FEW_DOCUMENTS))
-    split = _Split(encode, heldout_tokens, few=len(first) < _FEW_DOCUMENTS)
-    texts = filter(None, map(split.training_text, chain(first, stream)))
-    tokens, starts = _tokenise(texts, encode, train_tokens, progress)
-    if not tokens.size:
-        raise DataError("holds no text to train on.", place=documents.name, remedy="Give more text with --data.")
-    _search_heldout(texts, split, _SCAN if documents.streamed else None)
-    epochs = max(1.0, train_tokens / tokens.size)
-    if tokens.size < train_tokens:
-        tokens, starts = _repeat(tokens, starts, train_tokens, seed)
-        if progress is not None:
-            progress(train_tokens, train_tokens)
-    identity = (documents.fingerprint, encode.fingerprint(), train_tokens, heldout_tokens, seed)
+    encode = Encoder.of(tokenizer)
+    weights = shares(sources)
+    sizes = _split_evenly(budget.train_tokens, weights)
+    divided = [
+        divide(source.documents, budget.seed, encode, tokens)
+        for source, tokens in zip(sources, _split_evenly(budget.heldout_tokens, weights), strict=True)
+    ]
+    heldout = _join_heldout([part.heldout for part in divided])
+    shunned = None
+    if budget.drop_overlap is not None:
+        shunned = Grams.of([*heldout.values(), *(against or {}).values()], tokenizer)
+    names: dict[str, int] = {}
+    strips, parts = [], []
+    for source, part, size in zip(sources, divided, sizes, strict=True):
+        reader = _Reader(encode, names, shunned, budget.drop_overlap, progress)
+        strip = _enough(source, reader, part.training, size, budget.seed)
+        strips.append(strip.cut(size) if strip.size >= size else strip.shuffled_to(size, budget.seed))
+        parts.append(Part(source.documents.name, size, max(1.0, size / strip.size), reader.dropped))
+    whole = interleave(strips, weights)
     return Corpus(
-        name=documents.name,
-        fingerprint=hashlib.sha256(repr(identity).encode()).hexdigest(),
-        tokens=tokens,
-        document_starts=starts,
-        epochs=epochs,
-        heldout={source: np.concatenate(parts) for source, parts in sorted(split.heldout.items())},
+        name=name_of(sources),
+        fingerprint=corpus_fingerprint(sources, tokenizer, budget, against),
+        tokens=whole.tokens,
+        document_starts=whole.starts,
+        epochs=whole.size / sum(part.tokens / part.epochs for part in parts),
+        heldout=heldout,
+        targets=whole.targets,
+        labels=tuple(names),
+        document_labels=whole.labels,
+        parts=tuple(parts),
     )
 
 
-def heldout_from(
-    path: str, text_field: str | None, tokenizer: PreTrainedTokenizerBase, tokens_per_source: int
-) -> dict[str, Tokens]:
-    """The first `tokens_per_source` tokens of each source of a separate held-out text.
+def _split_evenly(tokens: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in these proportions that sum to `tokens`."""
+    ends = np.rint(np.cumsum(weights) * tokens).astype(int)
+    ends[-1] = tokens
+    return [int(size) for size in np.diff(ends, prepend=0)]
 
-    Args:
-        path: whatever `open_documents` takes.
-        text_field: column that holds the text.
-        tokenizer: with an EOS token, which ends each document.
-        tokens_per_source: at most this many int32 tokens a source.
+
+def _join_heldout(parts: Sequence[Mapping[str, Tokens]]) -> dict[str, Tokens]:
+    names = sorted({name for part in parts for name in part})
+    return {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
+
+
+def _enough(source: Source, reader: "_Reader", documents: Iterator[Document], size: int, seed: int) -> Strip:
+    """The first documents of a source, `size` tokens or, where there are not that many, all.
 
     Raises:
-        DataError: the text cannot be read.
+        DataError: there are none.
     """
-    documents, encode = open_documents(path, text_field), _Encoder.of(tokenizer)
-    parts: dict[str, list[Tokens]] = {}
-    found: dict[str, int] = {}
-    unused = 0  # characters since the last document that was taken; a Hub stream may have no end
-    for source, text in documents:
-        missing = tokens_per_source - found.get(source, 0)
-        if missing > 0:
-            tokens = encode.at_most(text, missing)
-            parts.setdefault(source, []).append(tokens)
-            found[source] = found.get(source, 0) + tokens.size
-            unused = 0
-            continue
-        unused += len(text)
-        if documents.streamed and unused > _SCAN:
-            break
-    return {source: np.concatenate(arrays) for source, arrays in sorted(parts.items())}
+    name = source.documents.name
+    if size == 0:
+        raise DataError("its share of the tokens is none at all.", place=name, remedy="Raise its weight, or drop it.")
+    strip = reader.read(documents, size)
+    if strip.size:
+        return strip
+    if reader.dropped:
+        raise DataError(
+            f"all its {reader.dropped:,} documents overlap with held-out text.",
+            place=name,
+            remedy="Raise --drop-overlap, or measure on other text.",
+        )
+    raise DataError("holds no text to train on.", place=name, remedy="Give more text with --data.")
 
 
-def _search_heldout(texts: Iterator[str], split: _Split, limit: int | None) -> None:
-    """Read on for held-out text alone: `texts` passes it to `split` on the way."""
-    scanned = 0
-    while not split.full and (limit is None or scanned < limit):
-        text = next(texts, None)
-        if text is None:
-            return
-        scanned += len(text)
+@dataclass
+class _Reader:
+    """Tokenises documents until there are enough, without those that overlap too much with held-out text."""
+
+    encode: Encoder
+    names: dict[str, int]  # source -> label; grows
+    shunned: Grams | None
+    threshold: float | None
+    progress: Progress | None
+    dropped: int = 0
+
+    def read(self, documents: Iterator[Document], size: int) -> Strip:
+        """At least `size` tokens, unless the documents end before."""
+        todo = pieces(documents)
+        strips: list[Strip] = []
+        total = 0
+        while total < size:
+            batch = _take(todo, min(_BATCH, _CHARACTERS_PER_TOKEN * (size - total)))
+            if not batch:
+                break
+            strips.append(self._clean(self._strip(batch)))
+            total += strips[-1].size
+            if self.progress is not None:
+                self.progress(min(total, size), size)
+        return join(strips)
+
+    def _strip(self, batch: Sequence[Piece]) -> Strip:
+        encoded = self.encode(batch)
+        masked = any(part.targets is not None for part in encoded)
+        sizes = [part.tokens.size for part in encoded]
+        # Where documents may be dropped, the rest of one that the batch cuts is a document of its own.
+        opens = [piece.first or (self.shunned is not None and i == 0) for i, piece in enumerate(batch)]
+        starts = (np.cumsum(sizes) - sizes)[opens]
+        labels = [self.names.setdefault(piece.source, len(self.names)) for piece in batch]
+        targets = [np.ones(part.tokens.size, bool) if part.targets is None else part.targets for part in encoded]
+        return Strip(
+            np.concatenate([part.tokens for part in encoded]),
+            starts.astype(np.int64),
+            np.array(labels, dtype=np.int32)[opens],
+            np.concatenate(targets) if masked else None,
+        )
+
+    def _clean(self, strip: Strip) -> Strip:
+        if self.shunned is None or self.threshold is None:
+            return strip
+        kept = self.shunned.share_of(strip) <= self.threshold
+        self.dropped += int((~kept).sum())
+        return strip if kept.all() else strip.ordered(np.flatnonzero(kept))
 
 
-def _tokenise(texts: Iterator[str], encode: _Encoder, budget: int, progress: Progress | None) -> tuple[Tokens, Starts]:
-    """Tokenise texts until `budget` tokens are there; returns at most that many and where documents start."""
-    pieces = (piece for text in texts for piece in _pieces(text))
-    parts: list[Tokens] = []
-    starts: list[int] = []
-    total = 0
-    while total < budget:
-        batch = _take(pieces, min(_BATCH, _CHARACTERS_PER_TOKEN * (budget - total)))
-        if not batch:
-            break
-        for piece, tokens in zip(batch, encode([piece.text for piece in batch]), strict=True):
-            if piece.first:
-                starts.append(total)
-            parts += [tokens, encode.eos] if piece.last else [tokens]
-            total += tokens.size + piece.last
-        if progress is not None:
-            progress(min(total, budget), budget)
-    joined = np.concatenate(parts)[:budget] if parts else np.empty(0, dtype=np.int32)
-    document_starts = np.array(starts, dtype=np.int64)
-    return joined, document_starts[document_starts < joined.size]
-
-
-def _take(pieces: Iterator[_Piece], characters: int) -> list[_Piece]:
+def _take(todo: Iterator[Piece], characters: int) -> list[Piece]:
     """The next pieces, until they have that many characters."""
-    batch: list[_Piece] = []
+    batch: list[Piece] = []
     taken = 0
-    while taken < characters and (piece := next(pieces, None)) is not None:
+    while taken < characters and (piece := next(todo, None)) is not None:
         batch.append(piece)
-        taken += len(piece.text) + 1
+        taken += piece.characters + 1
     return batch
-
-
-def _repeat(tokens: Tokens, starts: Starts, budget: int, seed: int) -> tuple[Tokens, Starts]:
-    """Append the documents of one pass, each time in a new order, until `budget` tokens are there."""
-    lengths = np.diff(starts, append=tokens.size)
-    generator = np.random.default_rng(seed)
-    all_tokens, all_starts = np.empty(budget, dtype=np.int32), [starts]
-    all_tokens[: tokens.size] = tokens
-    done = tokens.size
-    while done < budget:
-        order = generator.permutation(starts.size)
-        ends = np.cumsum(lengths[order])
-        order = order[: int(np.searchsorted(ends, budget - done)) + 1]  # no more documents than fit
-        ends = ends[: order.size]
-        new_starts = ends - lengths[order]
-        index = np.repeat(starts[order] - new_starts, lengths[order]) + np.arange(ends[-1])
-        size = min(index.size, budget - done)
-        all_tokens[done : done + size] = tokens[index[:size]]
-        all_starts.append(done + new_starts)
-        done += size
-    return all_tokens, np.concatenate(all_starts)

@@ -21,7 +21,8 @@ class PackedRows:
 
     The slice is cut into rows of `length`, the rows are permuted by `seed`, and micro-batch i is rows
     [i * rows, (i + 1) * rows) of that order. Tokens left over after the last full row, and rows left over after the
-    last full micro-batch, are not used. A document that a row cuts goes on in another row as if it started there.
+    last full micro-batch, are not used: fewer tokens than one optimiser step takes. A document that a row cuts goes on
+    in another row as if it started there. Of conversations only the tokens of replies are targets.
 
     Args:
         corpus: the tokens.
@@ -67,6 +68,8 @@ class PackedRows:
         opens_BT = self._document_opens(starts_B)
         target_mask_BT = np.zeros(opens_BT.shape, dtype=bool)
         target_mask_BT[:, :-1] = ~opens_BT[:, 1:]
+        if self._corpus.targets is not None:
+            target_mask_BT[:, :-1] &= self._corpus.targets[starts_B[:, None] + columns_T[1:]]
         position_ids_BT = columns_T - np.maximum.accumulate(np.where(opens_BT, columns_T, 0), axis=1)
         segments_BT = self._tensor(np.cumsum(opens_BT, axis=1)) if opens_BT.any() else None
         return Batch(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import os
 import platform
 import random
@@ -17,7 +19,16 @@ from typing import Any, TypeVar
 from huggingface_hub import HfApi
 from huggingface_hub.errors import GatedRepoError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from linearize.data.files import READERS, Document, choose_text_field, read_file, source_of, supported_suffix
+from linearize.data.files import (
+    READERS,
+    Document,
+    choose_field,
+    content_of,
+    kind_of,
+    read_file,
+    source_of,
+    supported_suffix,
+)
 from linearize.errors import DataError
 
 _T = TypeVar("_T")
@@ -38,12 +49,13 @@ _NOT_SOURCES = {
 
 @dataclass(frozen=True)
 class Documents:
-    """Named text documents that can be read any number of times.
+    """Named documents, texts or conversations, that can be read any number of times.
 
     Attributes:
         name: where they come from, for people.
         fingerprint: changes when the text changes.
-        read: yields (source name, text); in stored order for None, else in the order of that seed.
+        read: yields (source name, content); in stored order for None, else in the order of that seed. The first call
+            may raise DataError for what is wrong with the text.
         streamed: True when they come over the network and their number is not known.
     """
 
@@ -59,15 +71,15 @@ class Documents:
 def open_documents(data: str, text_field: str | None) -> Documents:
     """Open a file, a folder (recursive, sorted) or a Hub data set (`owner/name` or `owner/name:config`).
 
-    Local text is read at once and held in memory, so that every fault in it is reported here. A Hub data set is
-    streamed: its `train` split.
+    Local files are hashed now, and read whole and held in memory when the documents are first read: a fault in any of
+    them is reported before the first document comes. A Hub data set is streamed: its `train` split.
 
     Args:
         data: path or Hub id. An existing path wins over a Hub id of the same name.
-        text_field: column that holds the text; None = `text`, else the only string column.
+        text_field: column that holds the text; None = `text`, else conversations, else the only string column.
 
     Raises:
-        DataError: nothing is there, it cannot be read, or it holds no text.
+        DataError: nothing is there, or it cannot be read.
     """
     path = Path(data).expanduser()
     if path.exists():
@@ -158,18 +170,30 @@ def _local_documents(path: Path, text_field: str | None) -> Documents:
             )
     else:
         files = [path]
-    documents = [document for file in files for document in read_file(file, text_field)]
-    if not documents:
-        raise DataError("empty: there is no text in it.", place=str(path), remedy="Give a file that holds text.")
     digest = hashlib.sha256((text_field or "").encode())
     for file in files:
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
+        digest.update(f"\n{file.name}:".encode())  # a document's source may be its file's name
+        digest.update(_file_digest(file))
+
+    @functools.cache
+    def load() -> list[Document]:
+        documents = [document for file in files for document in read_file(file, text_field)]
+        if not documents:
+            raise DataError("empty: there is no text in it.", place=str(path), remedy="Give a file that holds text.")
+        return documents
 
     def read(seed: int | None) -> Iterator[Document]:
-        return iter(_ordered(documents, seed))
+        return iter(_ordered(load(), seed))
 
     return Documents(str(path), f"files:{digest.hexdigest()}", read)
+
+
+def _file_digest(path: Path) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").digest()
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror or error}).", place=str(path)) from error
 
 
 def _visible_files(root: Path) -> Iterator[Path]:
@@ -191,21 +215,21 @@ def _hub_documents(hub_id: str, config: str | None, text_field: str | None) -> D
         raise _hub_error(place, error) from error
     if first is None:
         raise DataError("empty: its train split has no rows.", place=place, remedy="Give another data set.")
-    strings = [name for name, value in first.items() if isinstance(value, str)]
-    field = choose_text_field(strings, first, text_field, place)
+    field = choose_field({name: kind_of(value) for name, value in first.items()}, text_field, place)
 
     def read(seed: int | None) -> Iterator[Document]:
         ordered = stream if seed is None else stream.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
         rows: Iterator[dict[str, Any]] = iter(ordered)
-        while True:
+        for number in itertools.count(1):
             try:
                 row = next(rows, None)
             except Exception as error:  # the connection may break at any row
                 raise _hub_error(place, error) from error
             if row is None:
                 return
-            if isinstance(row[field], str) and row[field].strip():
-                yield source_of(row, hub_id.split("/")[-1]), row[field]
+            content = content_of(row, field, f"{place}, row {number}")
+            if content is not None:
+                yield source_of(row, hub_id.split("/")[-1]), content
 
     return Documents(place, f"{place}@{revision}:{field}", read, streamed=True)
 

@@ -33,8 +33,8 @@ class Batch:
         input_ids_BT: int64 tokens.
         position_ids_BT: int64; restarts at 0 where a document starts.
         segments_BT: int64 document number within the row; None when every row holds one document.
-        target_mask_BT: True where the next token of the row belongs to the same document, so that it is a target.
-            The last column is always False.
+        target_mask_BT: True where the next token of the row belongs to the same document, and, in a conversation, to
+            a reply, so that it is a target. The last column is always False.
         teacher: what the teacher makes of them, where that was cached.
     """
 
