@@ -15,7 +15,7 @@ from rich.markup import escape
 
 from linearize import __version__
 from linearize.commands import data as data_commands
-from linearize.commands import families, hub, recipes, report, speed, targets
+from linearize.commands import evals, families, hub, recipes, report, speed, targets
 from linearize.commands.options import (
     DeviceOption,
     ModelOption,
@@ -46,6 +46,7 @@ app.command("speed")(speed.speed)
 app.command("report")(report.report)
 app.command()(hub.push)
 app.add_typer(data_commands.app, name="data")
+app.command("eval")(evals.evaluate)
 
 
 @app.command()
@@ -188,34 +189,6 @@ def generate(
     for prompt, text in zip(prompts, generate_from_folder(path, prompts, sampling, chat, device), strict=True):
         out_console.print(f"[dim]{escape(prompt)}[/dim]" if not chat else "", end="", highlight=False)
         out_console.print(text, markup=False, highlight=False)
-
-
-@app.command("eval")
-def evaluate(
-    path: Annotated[str, typer.Argument(help="The student's folder.")],
-    text: Annotated[str, typer.Option("--text", help="Text to measure on: .txt, .jsonl, .parquet or a folder.")],
-    lengths: Annotated[str, typer.Option(help="Window lengths, separated by commas.")] = "512,1024",
-    max_tokens: Annotated[int, typer.Option(min=2, help="Tokens read per source and length.")] = 8192,
-    teacher: Annotated[
-        str | None, typer.Option(help="What --model takes. Default: the teacher named in the student's metrics.json.")
-    ] = None,
-    no_teacher: Annotated[bool, typer.Option("--no-teacher", help="Measure the student alone.")] = False,
-    text_field: TextFieldOption = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
-    device: DeviceOption = None,
-) -> None:
-    """Perplexity of a student and its teacher on a text, by window length."""
-    from linearize.evaluate import evaluate_folder, parse_lengths, teacher_of
-    from linearize.run_folder import write_json
-    from linearize.tables import perplexity_report
-
-    name = None if no_teacher else (teacher or teacher_of(path))
-    rows = evaluate_folder(
-        path, text, parse_lengths(lengths), max_tokens=max_tokens, teacher=name, text_field=text_field, device=device
-    )
-    if json_file is not None:
-        write_json(json_file, rows)
-    out_console.print(perplexity_report(rows))
 
 
 @app.command()

@@ -61,16 +61,16 @@ class LayerReading:
         return max(range(len(self.head_errors)), key=self.head_errors.__getitem__)
 
 
-@torch.no_grad()
-def read_layers(grafted: Graft, input_ids_BT: Tensor) -> list[LayerReading]:
-    """Read every student layer on a text of at most TOKENS tokens [B, T]; the model is left as it was found.
+Seen = tuple[StudentAttention, HeadInputs, Tensor]
+"""A layer of the observed graft, the heads it saw, and the teacher's mixed values [B, T, H, V] of them."""
 
-    Every layer gets its teacher layer's input, and its own projections (adapters on) make the heads of it.
-    """
-    input_ids_BT = input_ids_BT[:, :TOKENS].to(grafted.model.device)
+
+@torch.no_grad()
+def observe(grafted: Graft, input_ids_BT: Tensor) -> list[Seen]:
+    """What every student layer's teacher does on a text [B, T]; the model is left as it was found."""
     place_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device).expand_as(input_ids_BT)
     batch = Batch(input_ids_BT, place_BT, None, torch.ones_like(input_ids_BT, dtype=torch.bool))
-    seen: list[tuple[StudentAttention, HeadInputs, Tensor]] = []
+    seen: list[Seen] = []
     observed = grafted.observed.students.values()
     before = [teacher.observer for teacher in observed]
     try:
@@ -81,6 +81,17 @@ def read_layers(grafted: Graft, input_ids_BT: Tensor) -> list[LayerReading]:
     finally:
         for teacher, observer in zip(observed, before, strict=True):
             teacher.observer = observer
+    return seen
+
+
+@torch.no_grad()
+def read_layers(grafted: Graft, input_ids_BT: Tensor) -> list[LayerReading]:
+    """Read every student layer on a text of at most TOKENS tokens [B, T]; the model is left as it was found.
+
+    Every layer gets its teacher layer's input, and its own projections (adapters on) make the heads of it.
+    """
+    input_ids_BT = input_ids_BT[:, :TOKENS].to(grafted.model.device)
+    seen = observe(grafted, input_ids_BT)
     mixed = torch.autocast(input_ids_BT.device.type, torch.bfloat16, enabled=bool(grafted.raised))
     with mixed:  # base weights that train are fp32 then
         return [_read(grafted, teacher, heads, y_BTHV) for teacher, heads, y_BTHV in seen]

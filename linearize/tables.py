@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -199,20 +199,6 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-def perplexity_report(rows: Sequence[Mapping[str, Any]]) -> RenderableType:
-    """Teacher, student and their ratio by source and length."""
-    columns = [name for name in ("teacher", "student", "ratio") if name in rows[0]]
-    table = _table("Perplexity (nats per token ± standard error)", "text", "length", "tokens", *columns)
-    for row in rows:
-        cells = []
-        for name in columns:
-            cell = "-" if row[name] is None else f"{row[name]:,.2f}"
-            error = row.get(f"{name}_standard_error")
-            cells.append(cell if error is None else f"{cell} ({row[f'{name}_nll']:.3f} ± {error:.3f})")
-        table.add_row(str(row["source"]), f"{row['length']:,}", f"{row['tokens']:,}", *cells)
-    return table
 
 
 def speed_report(rows: Sequence[SpeedRow]) -> RenderableType:

@@ -16,9 +16,7 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -33,8 +31,9 @@ from linearize.data import heldout_from
 from linearize.evals.perplexity import perplexity
 from linearize.export import load_student
 from linearize.machine import choose_machine, versions
+from linearize.mixers.base import silenced
 from linearize.pipeline import Conversion, convert
-from linearize.recipe import Recipe, load_recipe
+from linearize.recipe import load_recipe
 from linearize.teacher import load_teacher
 
 TEACHER = "teacher"
@@ -132,28 +131,11 @@ def train_row(name: str, options: argparse.Namespace) -> None:
         record["state_bytes"] = sum(layer.mixer.state_bytes(torch.bfloat16) for layer in layers)
         record["student_layers"] = len(layers)
         record["nll"] = measure(student, heldout)
-        if is_hybrid(recipe):
-            with silenced(layers):
+        if recipe.mixer.window_beside_linear:
+            with silenced([layer.mixer for layer in layers], "linear"):
                 record["nll_without_linear"] = measure(student, heldout)
     record["seconds"] = time.time() - began
     (Path(options.out) / f"{name}.json").write_text(json.dumps(record, indent=1))
-
-
-def is_hybrid(recipe: Recipe) -> bool:
-    """Whether the mixer has an exact branch beside its linear one."""
-    return recipe.mixer.kind != "swa" and bool(recipe.mixer.model_dump().get("window"))
-
-
-@contextmanager
-def silenced(layers: list[StudentAttention]) -> Iterator[None]:
-    """The linear branch of every layer off; nothing is trained for it."""
-    for layer in layers:
-        layer.mixer.linear_branch = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.mixer.linear_branch = True
 
 
 def measure(model: PreTrainedModel, heldout: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:

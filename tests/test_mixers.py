@@ -22,6 +22,7 @@ from linearize.mixers import (
     build_mixer,
     mixer_config,
 )
+from linearize.mixers.base import Branch, silenced
 from linearize.mixers.feature_maps import MAX_EXPONENT, HedgehogMap
 from linearize.mixers.gdn import GdnConfig
 from linearize.mixers.hedgehog import HedgehogConfig
@@ -30,7 +31,7 @@ from linearize.mixers.liger import LigerConfig
 from linearize.mixers.lizard import LizardConfig
 from linearize.mixers.lolcats import LolcatsConfig
 from linearize.mixers.mamba2 import Mamba2Config
-from linearize.mixers.swa import SwaConfig
+from linearize.mixers.swa import Swa, SwaConfig
 from linearize.mixers.t2r import T2rConfig
 from linearize.mixers.taylor import TaylorConfig
 from linearize.mixers.timeline import first_tokens
@@ -344,6 +345,35 @@ def test_readings_are_log_decays_and_shares(case: str, key_heads: int) -> None:
         silent = mixer.readings(heads).linear_share_BTH
         assert silent is not None
         assert not silent.nan_to_num().any()
+
+
+hybrids = pytest.mark.parametrize("case", [case for case, config in CASES.items() if config.window_beside_linear])
+
+
+@hybrids
+def test_silenced_branches_give_nothing(case: str) -> None:
+    """Whole, as row weights, and in two pieces; without the window, what nothing sees is 0."""
+    mixer, heads = mixer_of(case), heads_of(90)
+    v_BTHV = heads.v_BTGV.repeat_interleave(HEADS // 2, dim=2)
+    outputs = {}
+    branches: tuple[Branch, ...] = ("linear", "window")
+    for branch in branches:
+        with silenced([mixer], branch):
+            y_BTHV, _ = mixer(heads)
+            close(torch.einsum("bhij,bjhv->bihv", mixer.row_weights(heads)(0, 90), v_BTHV), y_BTHV, 1e-8)
+            first, state = mixer(cut(heads, slice(0, 41)))
+            close(torch.cat([first, mixer(cut(heads, slice(41, 90)), state)[0]], dim=1), y_BTHV, 1e-8)
+        outputs[branch] = y_BTHV
+    assert mixer.linear_branch
+    assert mixer.window_branch
+    config = CASES[case]
+    far_only = outputs["window"]
+    if config.kind == "lolcats" or (config.kind == "lizard" and not config.model_dump()["published"]):
+        assert not far_only[:, : config.window_beside_linear].any()  # no key has left the window
+    assert far_only[:, -1].abs().sum() > 0 or config.window_beside_linear >= 90
+    if config.kind in ("lolcats", "liger"):
+        swa = Swa(SwaConfig(window=config.window_beside_linear, sinks=config.model_dump()["sinks"]), shapes())
+        close(outputs["linear"], swa(heads)[0], 1e-8)
 
 
 @every_mixer

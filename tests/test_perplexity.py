@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -26,7 +24,7 @@ from transformers import (
 from linearize import logits
 from linearize.errors import DataError, TeacherError
 from linearize.evals import perplexity as module
-from linearize.evals.perplexity import OpenModel, perplexity, perplexity_table
+from linearize.evals.perplexity import perplexity
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {
@@ -147,39 +145,3 @@ def test_too_little_text(model: PreTrainedModel, tokens: np.ndarray) -> None:
         perplexity(model, tokens, length=201, max_tokens=10**6)
     with pytest.raises(DataError, match=r"60 tokens of held-out text, less than one window of 64"):
         perplexity(model, tokens, length=64, max_tokens=60)
-
-
-def test_table(model: PreTrainedModel, tokens: np.ndarray) -> None:
-    torch.manual_seed(1)
-    student = sharpen(LlamaForCausalLM(LlamaConfig(**SIZES)))
-    opened: list[str] = []
-
-    @contextmanager
-    def as_teacher() -> Iterator[PreTrainedModel]:
-        opened.append("teacher")
-        yield model
-        opened.append("closed")
-
-    models: dict[str, OpenModel] = {"student": lambda: nullcontext(student), "teacher": as_teacher}
-    heldout = {"long": tokens, "short": tokens[:40]}
-    rows = perplexity_table(models, heldout, [32, 64], max_tokens=128)
-    assert [(row["source"], row["length"], row["tokens"]) for row in rows] == [
-        ("long", 32, 124),
-        ("long", 64, 126),
-        ("short", 32, 31),
-        ("short", 64, 0),
-    ]
-    assert opened == ["teacher", "closed"]
-    expected = perplexity(student, tokens, length=64, max_tokens=128)
-    assert rows[1]["student"] == expected.perplexity
-    assert rows[1]["student_nll"] == expected.nll
-    assert rows[1]["student_standard_error"] == expected.standard_error
-    assert rows[1]["ratio"] == pytest.approx(
-        expected.perplexity / perplexity(model, tokens, length=64, max_tokens=128).perplexity
-    )
-    assert rows[2]["student_standard_error"] is None
-    assert rows[3]["student"] is rows[3]["teacher_nll"] is rows[3]["ratio"] is None
-    alone = perplexity_table({"teacher": as_teacher}, heldout, [32], max_tokens=128)
-    assert "ratio" not in alone[0]
-    with pytest.raises(DataError, match=r"no source has one window of 300 tokens; the longest has 128"):
-        perplexity_table(models, heldout, [300], max_tokens=128)

@@ -6,7 +6,7 @@ Shape legend: B windows, T tokens a window, C tokens a chunk, D model width, V v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -20,7 +20,6 @@ from linearize.errors import DataError, TeacherError
 from linearize.logits import Head, head_of
 
 Autocast = Callable[[], AbstractContextManager[object]]
-OpenModel = Callable[[], AbstractContextManager[PreTrainedModel]]
 
 _CHUNK_ELEMENTS = 2**24  # logits held in fp32 at once: 64 MiB
 _CHECK_TOKENS = 8
@@ -74,6 +73,27 @@ def perplexity(
         DataError: less text than one window.
         TeacherError: the default head does not give the model's own logits.
     """
+    losses_NT = token_losses(
+        model, tokens, length=length, max_tokens=max_tokens, batch_rows=batch_rows, autocast=autocast, head=head
+    )
+    return summary(losses_NT.double().mean(dim=1), length)
+
+
+# Seven arguments, as above.
+def token_losses(
+    model: PreTrainedModel,
+    tokens: np.ndarray,
+    *,
+    length: int,
+    max_tokens: int,
+    batch_rows: int = 1,
+    autocast: Autocast | None = None,
+    head: Head | None = None,
+) -> Tensor:
+    """Negative log-likelihood in nats of every predicted token, [windows, length - 1] in fp32 on the CPU.
+
+    Arguments and errors are those of `perplexity`; column t is the token at position t + 1 of its window.
+    """
     assert length >= 2
     assert batch_rows >= 1
     available = min(tokens.size, max_tokens)
@@ -86,16 +106,16 @@ def perplexity(
         )
     windows = torch.from_numpy(tokens[: count * length].astype(np.int64)).view(count, length)
     context = autocast or nullcontext
-    means: list[Tensor] = []
-    with torch.no_grad(), _eval_mode(model):
+    losses: list[Tensor] = []
+    with torch.no_grad(), eval_mode(model):
         if head is None:
             head = head_of(model)
             with context():
                 _check_head(model, head, windows[:1, :_CHECK_TOKENS].to(model.device))
         for input_ids_BT in windows.split(batch_rows):
             with context():
-                means.append(_window_nll(model, head, input_ids_BT.to(model.device)))
-    return _summary(torch.cat(means).double().cpu(), length)
+                losses.append(_window_losses(model, head, input_ids_BT.to(model.device)).cpu())
+    return torch.cat(losses)
 
 
 def _check_head(model: PreTrainedModel, head: Head, input_ids_BT: Tensor) -> None:
@@ -111,23 +131,24 @@ def _check_head(model: PreTrainedModel, head: Head, input_ids_BT: Tensor) -> Non
         )
 
 
-def _window_nll(model: PreTrainedModel, head: Head, input_ids_BT: Tensor) -> Tensor:
-    """Mean NLL of each window, fp32 [B]."""
+def _window_losses(model: PreTrainedModel, head: Head, input_ids_BT: Tensor) -> Tensor:
+    """NLL of each predicted token, fp32 [B, T - 1]."""
     hidden_BTD = model.base_model(input_ids_BT, use_cache=False).last_hidden_state[:, :-1]
     targets_BT = input_ids_BT[:, 1:]
     rows, columns = targets_BT.shape
     chunk = max(1, _CHUNK_ELEMENTS // (rows * model.get_output_embeddings().weight.shape[0]))
-    total_B = torch.zeros(rows, device=input_ids_BT.device)
+    found: list[Tensor] = []
     for start in range(0, columns, chunk):
         logits_BCV = head(hidden_BTD[:, start : start + chunk]).float()
         losses = F.cross_entropy(
             logits_BCV.flatten(0, 1), targets_BT[:, start : start + chunk].flatten(), reduction="none"
         )
-        total_B += losses.view(rows, -1).sum(dim=1)
-    return total_B / columns
+        found.append(losses.view(rows, -1))
+    return torch.cat(found, dim=1)
 
 
-def _summary(nll_N: Tensor, length: int) -> Perplexity:
+def summary(nll_N: Tensor, length: int) -> Perplexity:
+    """Of the mean NLL of each window [N]."""
     mean = nll_N.mean().item()
     count = nll_N.numel()
     error = nll_N.std().item() / math.sqrt(count) if count > 1 else None
@@ -135,7 +156,7 @@ def _summary(nll_N: Tensor, length: int) -> Perplexity:
 
 
 @contextmanager
-def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
+def eval_mode(model: PreTrainedModel) -> Iterator[None]:
     """Eval mode, and each module's own mode back: a frozen trunk may be in eval mode inside a model that trains."""
     training = [module for module in model.modules() if module.training]
     model.eval()
@@ -144,65 +165,3 @@ def _eval_mode(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
-
-
-def perplexity_table(
-    models: Mapping[str, OpenModel],
-    heldout: Mapping[str, np.ndarray],
-    lengths: Sequence[int],
-    *,
-    max_tokens: int,
-    autocast: Autocast | None = None,
-) -> list[dict[str, str | int | float | None]]:
-    """Perplexity of several models on the same windows of each source, at each length.
-
-    Args:
-        models: name -> a callable that opens a context and yields the model. A plain model is
-            `lambda: nullcontext(model)`; one copy of weights that is teacher and student opens the part it plays.
-        heldout: source -> 1-D token ids.
-        lengths: window lengths.
-        max_tokens: limit per source and length.
-        autocast: as in `perplexity`.
-
-    Returns:
-        One row per source and length: `source`, `length`, `tokens` (predicted), for each model NAME its perplexity
-        `NAME`, its `NAME_nll` and `NAME_standard_error`; and `ratio`, student / teacher, when `models` has both.
-        A source shorter than a window keeps its row, with `tokens` 0 and None for every number.
-
-    Raises:
-        DataError: no source fills one window of any length.
-    """
-    measured: dict[tuple[str, int, str], Perplexity] = {}
-    for name, open_model in models.items():
-        with open_model() as model:
-            for source, tokens in heldout.items():
-                for length in lengths:
-                    if min(tokens.size, max_tokens) >= length:
-                        measured[source, length, name] = perplexity(
-                            model, tokens, length=length, max_tokens=max_tokens, autocast=autocast
-                        )
-    if not measured:
-        longest = max((min(tokens.size, max_tokens) for tokens in heldout.values()), default=0)
-        raise DataError(
-            f"no source has one window of {min(lengths):,} tokens; the longest has {longest:,}.",
-            place="perplexity",
-            remedy="Give more held-out text, allow more tokens or choose shorter windows.",
-        )
-    return [_row(source, length, list(models), measured) for source in heldout for length in lengths]
-
-
-def _row(
-    source: str, length: int, names: list[str], measured: Mapping[tuple[str, int, str], Perplexity]
-) -> dict[str, str | int | float | None]:
-    row: dict[str, str | int | float | None] = {"source": source, "length": length, "tokens": 0}
-    found = {name: measured[source, length, name] for name in names if (source, length, name) in measured}
-    for name in names:
-        result = found.get(name)
-        row[name] = result.perplexity if result else None
-        row[f"{name}_nll"] = result.nll if result else None
-        row[f"{name}_standard_error"] = result.standard_error if result else None
-        row["tokens"] = result.tokens if result else 0
-    if "student" in names and "teacher" in names:
-        both = "student" in found and "teacher" in found
-        row["ratio"] = math.exp(found["student"].nll - found["teacher"].nll) if both else None
-    return row

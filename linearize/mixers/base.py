@@ -7,7 +7,8 @@ V value width, F features.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -98,6 +99,11 @@ class MixerConfig(Config):
 
     kind: str
 
+    @property
+    def window_beside_linear(self) -> int:
+        """Keys that an exact branch attends to beside the linear one; 0 = the mixer does not have both."""
+        return 0
+
 
 @dataclass(frozen=True)
 class Readings:
@@ -124,7 +130,8 @@ class StudentMixer(nn.Module):
     """What `row_weights` gives: rows that sum to 1, an unnormalised mixing matrix, or nothing."""
 
     linear_branch: bool = True
-    """False silences the linear branch of a mixer that also has an exact one, to measure what it is worth."""
+    window_branch: bool = True
+    """False silences a branch of a mixer that has both, sinks with the window; set by `silenced`."""
 
     @abstractmethod
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
@@ -160,3 +167,19 @@ class StudentMixer(nn.Module):
     def readings(self, heads: HeadInputs) -> Readings:
         """What monitors and the seeding audit look at, on whole sequences from their start; nothing by default."""
         return Readings()
+
+
+Branch = Literal["linear", "window"]
+
+
+@contextmanager
+def silenced(mixers: Iterable[StudentMixer], branch: Branch) -> Iterator[None]:
+    """Inside, that branch of every mixer gives nothing, to measure what it is worth. All must have both branches."""
+    before = [(mixer, mixer.linear_branch, mixer.window_branch) for mixer in mixers]
+    try:
+        for mixer, linear, window in before:
+            mixer.linear_branch, mixer.window_branch = linear and branch != "linear", window and branch != "window"
+        yield
+    finally:
+        for mixer, linear, window in before:
+            mixer.linear_branch, mixer.window_branch = linear, window

@@ -53,6 +53,10 @@ class LawcatConfig(MixerConfig):
             raise ValueError("tied_conv with kernel: 1 leaves no filters to tie; leave out tied_conv")
         return self
 
+    @property
+    def window_beside_linear(self) -> int:
+        return self.window
+
 
 class _Tails(NamedTuple):
     seen_B: Tensor
@@ -123,7 +127,8 @@ class Lawcat(StudentMixer):
             exact = read(heads, timeline, self.local, None if state is None else local_state(state[5:]))
             o_BTHV, den_BTH = exact.attend()
             far = 1.0 if self.linear_branch else SMALLEST
-            other, exact_state = Branch(o_BTHV, den_BTH * (self.window_factor_H.sigmoid() / far)), exact.state
+            near_H = self.window_factor_H.sigmoid() * self.window_branch
+            other, exact_state = Branch(o_BTHV, den_BTH * (near_H / far)), exact.state
         y_BTHV, linear = gated_linear_attention(
             q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT, other=other, epsilon=EPSILON
         )
@@ -165,7 +170,7 @@ class Lawcat(StudentMixer):
         def rows(start: int, stop: int) -> Tensor:
             weight = decayed_rows(q_BTHF, k_BTHF, gate, start, stop).masked_fill(~heads.seen(start, stop), 0)
             if exact is not None and self.window_factor_H is not None:
-                near_H11 = self.window_factor_H.sigmoid().view(-1, 1, 1)
+                near_H11 = (self.window_factor_H.sigmoid() * self.window_branch).view(-1, 1, 1)
                 weight = float(self.linear_branch) * weight + near_H11 * exact.weights(start, stop)[0]
             return weight / (weight.sum(-1, keepdim=True) + EPSILON)
 
@@ -179,5 +184,6 @@ class Lawcat(StudentMixer):
         q_BTHF, k_BTHF, _ = self._features(ordered, timeline, None)
         far_BTH = linear_sums(q_BTHF, k_BTHF, ordered.v_BTGV, self._log_gate(ordered), None, heads.segments_BT)[1]
         far_BTH = far_BTH * float(self.linear_branch)
-        near_BTH = self.window_factor_H.sigmoid() * read(ordered, timeline, self.local, None).attend().den_BTH
+        near_H = self.window_factor_H.sigmoid() * self.window_branch
+        near_BTH = near_H * read(ordered, timeline, self.local, None).attend().den_BTH
         return Readings(log_gate, put_back(far_BTH / (far_BTH + near_BTH + EPSILON)))

@@ -38,6 +38,10 @@ class LigerConfig(MixerConfig):
     temperature: float = Field(16.0, gt=0, description="log decay = logsigmoid(k) / temperature")
     share: float = Field(0.5, gt=0, lt=1, description="what the linear branch weighs, fixed; the window has the rest")
 
+    @property
+    def window_beside_linear(self) -> int:
+        return self.window
+
 
 class Liger(StudentMixer):
     """y = share num + (1 - share) window, S_t = diag(alpha_t) S_t-1 + softmax(k_t) v_t^T, num = softmax(q_t) S_t.
@@ -75,7 +79,9 @@ class Liger(StudentMixer):
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
 
     def _weights(self) -> tuple[float, float]:
-        """Of the window and of the linear branch; the window has all where the other is silenced."""
+        """Of the window and of the linear branch; one has all where the other is silenced."""
+        if not self.window_branch:
+            return 0.0, 1.0
         far = self.config.share if self.linear_branch else 0.0
         return 1 - far, far
 

@@ -55,6 +55,10 @@ class LizardConfig(MixerConfig):
             raise ValueError("published has no sinks; leave out sinks, or published")
         return self
 
+    @property
+    def window_beside_linear(self) -> int:
+        return self.window
+
 
 class Lizard(StudentMixer):
     """gamma_t = sigmoid(x_t W + b), scalar; S_t = gamma_t S_t-1 + phi(k) v^T; both branches mixed by a learned factor.
@@ -137,7 +141,7 @@ class Lizard(StudentMixer):
         """Of the window and of the linear branch, per head."""
         one_H = torch.ones_like(self.mix_H)
         near_H, far_H = (self.mix_H, one_H) if self.config.published else (one_H, self.mix_H.exp())
-        return near_H, far_H if self.linear_branch else torch.zeros_like(far_H)
+        return near_H * self.window_branch, far_H * self.linear_branch
 
     def _log_gate(self, heads: HeadInputs) -> Tensor:
         """[B, T, 1 or H]; 0 for padding."""
@@ -166,7 +170,8 @@ class Lizard(StudentMixer):
                 far = far.masked_fill(~heads.seen(start, stop), 0)
                 return near_H11 * near / near_den + far_H11 * normalised(far)
             far = far_H11 * far.masked_fill(~exact.split(start, stop)[1], 0)
-            return (near + far) / (near_den + far.sum(-1, keepdim=True))
+            near, near_den = near * near_H11, near_den * near_H11
+            return (near + far) / (near_den + far.sum(-1, keepdim=True)).clamp_min(torch.finfo(far.dtype).tiny)
 
         return rows
 

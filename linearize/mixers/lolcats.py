@@ -42,6 +42,10 @@ class LolcatsConfig(MixerConfig):
     affine: bool = Field(False, description="the linear branch weighs 1 - g beside the window's g, instead of 1")
     start: Literal["identity", "kaiming"] = "identity"
 
+    @property
+    def window_beside_linear(self) -> int:
+        return self.window
+
 
 class Lolcats(StudentMixer):
     """num / den with num = g sum_W e^(s - m) v + l sum_beyond phi(q).phi(k) v, and the same with 1 for v.
@@ -99,7 +103,7 @@ class Lolcats(StudentMixer):
         """Of the window and of the linear branch, per head."""
         near_H = self.window_factor_H.sigmoid()
         far_H = 1 - near_H if self.config.affine else torch.ones_like(near_H)
-        return near_H, far_H if self.linear_branch else torch.zeros_like(far_H)
+        return near_H * self.window_branch, far_H * self.linear_branch
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
         exact = LocalRows(heads, self.local)

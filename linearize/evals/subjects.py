@@ -1,0 +1,129 @@
+"""The models that are measured: teacher, student, and, for the branch probe, what a branch of a hybrid is worth.
+
+Each is opened when its first cell is measured and closed before the next: one model is in memory at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PreTrainedModel
+
+from linearize.attention import StudentAttention
+from linearize.errors import RunError
+from linearize.evals.records import BRANCHES
+from linearize.export import load_student
+from linearize.machine import Machine
+from linearize.mixers import MixerConfig, mixer_config
+from linearize.mixers.base import Branch, silenced
+from linearize.mixers.swa import SwaConfig
+from linearize.surgery import graft, plan_surgery
+from linearize.teacher import load_teacher
+
+TEACHER, STUDENT = "teacher", "student"
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure.
+
+    Attributes:
+        name: as rows name it.
+        identity: what a cell must share with it to be its own: the weights, and what is changed of them.
+        open: makes a context in which the model is loaded.
+    """
+
+    name: str
+    identity: str
+    open: Callable[[], AbstractContextManager[PreTrainedModel]]
+
+
+@contextmanager
+def lazily(subject: Subject) -> Iterator[Callable[[], PreTrainedModel]]:
+    """A function that loads the model when it is first called; unloaded when the block ends."""
+    with ExitStack() as stack:
+        yield cache(lambda: stack.enter_context(subject.open()))
+
+
+def find_subjects(folder: str, teacher: str | None, machine: Machine, *, probe: bool) -> list[Subject]:
+    """Teacher (unless None) and student, and the three models of the branch probe.
+
+    The baseline `window and sinks alone` is the teacher with the student's window and 4 sink tokens in every layer that
+    the student replaces, untrained (arXiv 2309.17453); without a teacher it is left out.
+
+    Raises:
+        RunError: a probe of a student that has no window beside a linear branch.
+    """
+    student = Subject(STUDENT, identity_of(folder), partial(_student, folder, machine, None))
+    found = [student]
+    if teacher is not None:
+        found.insert(0, Subject(TEACHER, identity_of(teacher), partial(_teacher, teacher, machine)))
+    if not probe:
+        return found
+    mixer, layers = surgery_of(folder)
+    if not mixer.window_beside_linear:
+        raise RunError(
+            f"its {mixer.kind} layers have no window beside a linear branch, so there is nothing to switch off",
+            place=folder,
+            remedy="Leave out --probe.",
+        )
+    branches: tuple[tuple[str, Branch], ...] = ((BRANCHES[0], "linear"), (BRANCHES[1], "window"))
+    for name, branch in branches:
+        opened = partial(_student, folder, machine, branch)
+        found.append(Subject(name, f"{student.identity} without {branch}", opened))
+    if teacher is not None:
+        swa = SwaConfig(window=mixer.window_beside_linear)
+        identity = f"{identity_of(teacher)} {swa.model_dump_json()} in {layers}"
+        found.append(Subject(BRANCHES[2], identity, partial(_windowed, teacher, machine, swa, layers)))
+    return found
+
+
+def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
+    """The mixer of a student on disk, and the layers it stands in.
+
+    Raises:
+        RunError: for a folder without a student.
+    """
+    try:
+        entry: dict[str, Any] | None = AutoConfig.from_pretrained(folder).to_dict().get("linearize")
+    except (OSError, ValueError) as error:
+        raise RunError(" ".join(str(error).split()), place=folder) from None
+    if entry is None:
+        raise RunError("holds no student: its config.json has no `linearize` entry", place=folder)
+    return mixer_config(entry["mixer"]), tuple(entry["layers"])
+
+
+def identity_of(name: str) -> str:
+    """A local model by its weight files' sizes and times, another one by its name."""
+    path = Path(name)
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f"{name} {stats}" if stats else name
+
+
+@contextmanager
+def _teacher(name: str, machine: Machine) -> Iterator[PreTrainedModel]:
+    yield load_teacher(name, dtype=machine.dtype, device=machine.device).model
+
+
+@contextmanager
+def _student(folder: str, machine: Machine, branch: Branch | None) -> Iterator[PreTrainedModel]:
+    model = load_student(folder, dtype=machine.dtype, device=str(machine.device))
+    mixers = [module.mixer for module in model.modules() if isinstance(module, StudentAttention)]
+    with ExitStack() as stack:
+        if branch is not None:
+            stack.enter_context(silenced(mixers, branch))
+        yield model
+
+
+@contextmanager
+def _windowed(name: str, machine: Machine, swa: SwaConfig, layers: tuple[int, ...]) -> Iterator[PreTrainedModel]:
+    model = load_teacher(name, dtype=machine.dtype, device=machine.device).model
+    count: int = model.config.num_hidden_layers
+    graft(model, plan_surgery(model, swa, tuple(index for index in range(count) if index not in layers)))
+    yield model.eval()

@@ -1,0 +1,220 @@
+"""`linearize eval` on a tiny student: cells, positions, branches, layers, and the command."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from linearize.cli import main
+from linearize.evals.cells import Cells
+from linearize.evals.diagnostics import _spearman, diagnose, pair
+from linearize.evals.positions import departure, edges_of, position_rows, window_losses
+from linearize.evals.records import BRANCHES, DiagnosticRow, PositionRow, RecallRow, TaskRow, read_rows
+from linearize.export import export_student
+from linearize.recipe import load_recipe
+from linearize.surgery import graft, plan_surgery
+from linearize.teacher import load_teacher
+
+
+@pytest.fixture(scope="module")
+def folders(make_teacher: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """A teacher whose tokens are bytes, an untrained student with two branches, one without, and a text."""
+    root = tmp_path_factory.mktemp("models")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({"<end>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    teacher = root / "teacher"
+    tokenizer.save_pretrained(teacher)
+    make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0, max_position_embeddings=500).save_pretrained(teacher)
+    for name, overrides in (("lolcats", ["mixer.window=8"]), ("hedgehog", [])):
+        recipe = load_recipe(name, overrides)
+        model = load_teacher(str(teacher)).model
+        student = graft(model, plan_surgery(model, recipe.mixer, recipe.keep_softmax))
+        export_student(student, tokenizer, recipe, root / name)
+        (root / name / "metrics.json").write_text(json.dumps({"model": str(teacher)}))
+    (root / "text.txt").write_text("The tide came in over the salt flats and the gulls rose. " * 60)
+    return {name: str(root / name) for name in ("teacher", "lolcats", "hedgehog", "text.txt")}
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["linearize", "eval", *words, "--device", "cpu"])
+    try:
+        return main()
+    except SystemExit as stopped:
+        return int(stopped.code or 0)
+
+
+def test_buckets_are_means_over_positions(make_teacher: Callable[..., PreTrainedModel]) -> None:
+    tokens = np.random.default_rng(0).integers(2, 97, 450).astype(np.int32)
+    model = make_teacher()
+    found = window_losses(model, tokens, length=150, max_tokens=450)
+    windows = torch.from_numpy(tokens.astype(np.int64)).view(3, 150)
+    with torch.no_grad():
+        own = (
+            model(windows, use_cache=False).logits[:, :-1].log_softmax(-1).gather(2, windows[:, 1:, None])[..., 0].neg()
+        )
+    assert found.edges == (1, 64, 128, 150) == edges_of(150)
+    torch.testing.assert_close(torch.tensor(found.buckets)[:, 1], own[:, 63:127].mean(1), rtol=1e-4, atol=1e-4)
+    assert found.mean == pytest.approx(own.mean().item(), rel=1e-4)
+    rows = position_rows("teacher", "text", found)
+    assert sum(row.tokens for row in rows) == 3 * 149
+    assert sum(row.nll * row.tokens for row in rows) / (3 * 149) == pytest.approx(found.mean)
+
+
+def test_where_a_student_leaves_its_teacher() -> None:
+    def row(start: int, log_ratio: float | None, error: float | None) -> PositionRow:
+        return PositionRow(
+            model="student", source="a", length=512, start=start, stop=2 * start, tokens=1, nll=1.0,
+            log_ratio=log_ratio, log_ratio_error=error,
+        )  # fmt: skip
+
+    near, unsure, far = row(64, 0.01, 0.001), row(128, 0.2, 0.1), row(256, 0.2, 0.01)
+    assert departure([far, near, unsure]) == 256
+    assert departure([near, unsure]) is None
+    assert departure([far], threshold=1.3) is None
+    assert departure([row(64, 1.0, None), row(128, None, None)]) is None
+
+
+def test_cells_are_measured_once(tmp_path: Path) -> None:
+    calls: list[int] = []
+
+    def measure() -> int:
+        calls.append(1)
+        return len(calls)
+
+    assert [Cells(tmp_path).once({"a": 1}, measure) for _ in range(3)] == [1, 1, 1]
+    assert Cells(tmp_path).once({"a": 2}, measure) == 2
+
+
+def test_perplexity_positions_recall_and_probe_by_one_command(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [folders["lolcats"], "--text", folders["text.txt"], "--lengths", "600,700", "--max-tokens", "1400"]
+    words += [
+        "--positions",
+        "--probe",
+        "--recall",
+        "passkey",
+        "--depths",
+        "2",
+        "--samples",
+        "1",
+        "--out",
+        str(tmp_path),
+    ]
+    assert run(monkeypatch, *words) == 0
+    printed = capsys.readouterr()
+    assert "beyond the 500 positions" in " ".join(printed.err.split())
+    assert "leaves its teacher" in printed.out
+    models = ["teacher", "student", *BRANCHES]
+    for kind in ("perplexity", "positions", "recall"):
+        read = read_rows(tmp_path, kind)
+        assert read is not None
+        assert list(dict.fromkeys(row.model for row in read[0])) == models  # type: ignore[attr-defined]
+        assert "--probe" in read[1].command
+    rows = read_rows(tmp_path, "perplexity")
+    assert rows is not None
+    nll = {(row.model, row.length): row.nll for row in rows[0]}  # type: ignore[attr-defined]
+    assert len({round(value, 6) for value in nll.values()}) == len(nll)  # each branch changes something
+    recalled = read_rows(tmp_path, "recall")
+    assert recalled is not None
+    assert all(isinstance(row, RecallRow) and row.beyond_positions for row in recalled[0])
+
+    def broken(*_: object, **__: object) -> None:
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr("linearize.evaluate.window_losses", broken)
+    monkeypatch.setattr("linearize.evaluate.ask", broken)
+    assert run(monkeypatch, *words) == 0  # all cells are there
+
+
+def test_diagnostics_of_both_and_all(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, folders["hedgehog"], "--diagnostics", "--out", str(tmp_path)) == 0
+    read = read_rows(tmp_path, "diagnostics")
+    assert read is not None
+    rows = [row for row in read[0] if isinstance(row, DiagnosticRow)]
+    measures = {"teacher_entropy", "student_entropy", "monotonicity", "attention_kl", "relative_error"}
+    assert {row.measure for row in rows} == measures
+    assert {row.layer for row in rows} == {0, 1, 2}
+    assert {(row.start, row.stop) for row in rows if row.start is not None} >= {(0, 128), (128, 512)}
+    assert all(math.isfinite(row.value) for row in rows)
+    assert all(abs(row.value) <= 1.0001 for row in rows if row.measure == "monotonicity")
+    for place, said in (
+        (["--probe", "--recall", "passkey"], "nothing to switch off"),
+        (["--positions", "--recall", "passkey"], "--text"),
+        (["--recall", "passkeys"], "passkey"),
+        ([], "nothing to measure"),
+        (["--diagnostics", "--no-teacher"], "teacher"),
+        (["--recall", "passkey", "--lengths", "60"], "too few"),
+        (["--tasks-dir", "no/such/folder"], "no folder"),
+    ):
+        capsys.readouterr()
+        assert run(monkeypatch, folders["hedgehog"], *place, "--out", str(tmp_path / "bad")) == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_window_over_everything_is_its_teacher(folders: dict[str, str]) -> None:
+    """Rows of the teacher itself: no KL, the same entropy, ranks in the order of q.k."""
+    teacher = load_teacher(folders["teacher"]).model
+    recipe = load_recipe("swa-sink", ["mixer.window=300"])
+    student = load_teacher(folders["teacher"]).model
+    grafted = graft(student, plan_surgery(student, recipe.mixer))
+    tokens = torch.randint(1, 257, (1, 200), generator=torch.Generator().manual_seed(0))
+    student.config.linearize = {"mixer": recipe.mixer.model_dump(mode="json"), "layers": sorted(grafted.students)}
+    values = {
+        (row.layer, row.measure): row.value for row in diagnose(pair(student, teacher), tokens) if row.start is row.head
+    }
+    for layer in range(3):
+        assert values[layer, "relative_error"] < 1e-9
+        assert abs(values[layer, "attention_kl"]) < 1e-5
+        assert values[layer, "monotonicity"] == pytest.approx(1, abs=1e-6)
+        assert values[layer, "student_entropy"] == pytest.approx(values[layer, "teacher_entropy"], rel=1e-4)
+
+
+def test_rank_correlation_has_mean_ranks_for_ties() -> None:
+    score = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8, 0]]).view(1, 1, 1, 9)
+    weight = torch.tensor([[0.0, 0, 0, 1, 2, 3, 5, 4, 9]]).view(1, 1, 1, 9)
+    ranks = torch.tensor([[1.0, 2, 3, 4, 5, 6, 7, 8], [2, 2, 2, 4, 5, 6, 8, 7]])
+    expected = torch.corrcoef(ranks)[0, 1]
+    torch.testing.assert_close(_spearman(score, weight, 7)[0, 0, 0], expected)  # row 7 does not see key 8
+    assert _spearman(score, weight, 6).isnan().all()
+
+
+def test_the_short_form_writes_ratios(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = tmp_path / "rows.json"
+    words = [folders["hedgehog"], "--text", folders["text.txt"], "--lengths", "64", "--json", str(rows)]
+    assert run(monkeypatch, *words, "--out", str(tmp_path)) == 0
+    (row,) = json.loads(rows.read_text())
+    assert row["ratio"] == pytest.approx(row["student"] / row["teacher"])
+
+
+def test_tasks_of_a_folder(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [
+        {"doc_id": doc, "idx": index, "context": f"Tide {doc} is", "continuation": end, "label": doc % 2}
+        for doc in range(6)
+        for index, end in enumerate((" high.", " a long way out."))
+    ]
+    (tmp_path / "tides.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [folders["hedgehog"], "--tasks-dir", str(tmp_path), "--limit", "5", "--out", str(tmp_path)]
+    assert run(monkeypatch, *words) == 0
+    read = read_rows(tmp_path, "tasks")
+    assert read is not None
+    teacher, student = (row for row in read[0] if isinstance(row, TaskRow))
+    assert (teacher.model, teacher.count, teacher.chance, teacher.scorer) == ("teacher", 5, 0.5, "linearize")
+    assert teacher.recovered is None
+    assert student.paired_p is not None
+    assert "McNemar" in capsys.readouterr().out
