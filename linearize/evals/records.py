@@ -30,6 +30,7 @@ class PerplexityRow(Config):
     tokens: int
     nll: float
     standard_error: float | None
+    beyond_positions: bool = Field(False, description="longer than the positions the teacher was trained for")
 
 
 class PositionRow(Config):
@@ -42,6 +43,9 @@ class PositionRow(Config):
     stop: int
     tokens: int
     nll: float
+    standard_error: float | None = None
+    log_ratio: float | None = Field(None, description="nll - the teacher's, on the same windows")
+    log_ratio_error: float | None = Field(None, description="standard error of log_ratio, over windows")
 
 
 class RecallRow(Config):
@@ -53,6 +57,7 @@ class RecallRow(Config):
     depth: float | None
     count: int
     correct: int
+    beyond_positions: bool = Field(False, description="longer than the positions the teacher was trained for")
 
 
 class TaskRow(Config):
@@ -67,6 +72,10 @@ class TaskRow(Config):
     accuracy_norm_error: float | None = None
     perplexity: float | None = None
     chance: float | None = None
+    scorer: str = Field("linearize", description="what scored it: linearize or lm-eval")
+    recovered: float | None = Field(None, description="accuracy / the teacher's")
+    recovered_above_chance: float | None = Field(None, description="the same with chance taken off both")
+    paired_p: float | None = Field(None, description="McNemar's exact test against the teacher, two-sided")
 
 
 class DiagnosticRow(Config):
