@@ -110,6 +110,7 @@ def test_streamed_layers_do_not_train(teacher_folder, text_file, tmp_path):
 def test_convert_writes_a_loadable_measured_student(student, teacher_folder):
     facts = json.loads((student.folder / "metrics.json").read_text())
     assert facts["model"] == str(teacher_folder)
+    assert "Held-out perplexity" in (student.folder / "report" / "index.html").read_text(encoding="utf-8")
     assert [stage["name"] for stage in facts["stages"]] == ["transfer", "distil"]
     assert facts["perplexity"][0]["student"] == pytest.approx(student.student.perplexity["held-out"])
     after_training = student.stages[-1]["metrics"]["eval/held-out"]

@@ -111,7 +111,17 @@ def write_evaluations(folder: Path) -> None:
     ]
     write_rows(folder, "recall", recall, MADE)
     tasks = [
-        TaskRow(model=m, task="piqa", count=100, accuracy=accuracy, accuracy_error=0.02, chance=0.5)
+        TaskRow(
+            model=m,
+            task="piqa",
+            count=100,
+            accuracy=accuracy,
+            accuracy_error=0.02,
+            chance=0.5,
+            accuracy_norm=0.65,
+            perplexity=12.34,
+            paired_p=0.03,
+        )
         for m, accuracy in (("teacher", 0.7), ("student", 0.6))
     ]
     write_rows(folder, "tasks", tasks, MADE)
@@ -186,7 +196,8 @@ def test_the_page_says_what_was_measured(html: str) -> None:
     wanted = (
         "tiny → lizard", "in 3 of 6 layers", "ab12", "cd34", "ef56", "mit", "20,000 tokens of length 64",
         "Held-out perplexity, student over teacher", "error of each layer", "Branch probe", BRANCHES[0],
-        "60.0 % ± 2.0 %", "85.7 %", "50.0 %",  # accuracy, recovered share, and that beyond chance
+        # accuracy, recovered share, and that beyond chance
+        "60.0 % ± 2.0 %", "85.7 %", "50.0 %", "piqa, by length", "12.3", ">0.03<",
         "Out of memory: teacher at 1,024", "smaller from about 100 tokens on", "linearize measure it",
         "Perplexity, held-out, 64 tokens", ">1.5<",
     )  # fmt: skip

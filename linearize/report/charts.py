@@ -171,6 +171,32 @@ def plotted(chart: Lines) -> tuple[Series, ...]:
     return tuple(kept)
 
 
+class Axes(NamedTuple):
+    """The ranges of a line chart, and the places that carry a number."""
+
+    x_range: tuple[float, float]
+    y_range: tuple[float, float]
+    x_ticks: list[float]
+    y_ticks: list[float]
+
+
+def axes_of(chart: Lines, series: Sequence[Series]) -> Axes:
+    """Of what is plotted, error bars included."""
+    points = [point for line in series for point in line.points]
+    x_range = span((point.x for point in points), log=chart.log_x, room=0.03)
+    heights = [y for point in points for y in (point.y, *ends(point)) if y > 0 or not chart.log_y]
+    y_range = chart.y_range or span(heights, log=chart.log_y)
+    x_ticks = measured_ticks(p.x for p in points) if chart.log_x else ticks(*x_range, log=False, most=5)
+    if chart.x_format == "count":
+        x_ticks = [value for value in x_ticks if value == round(value)]
+    return Axes(x_range, y_range, x_ticks, ticks(*y_range, log=chart.log_y))
+
+
+def ends(point: Point) -> tuple[float, ...]:
+    """Of its error bar; nothing without one."""
+    return () if point.error is None else (point.y - point.error, point.y + point.error)
+
+
 def heat_share(chart: Heat, value: float) -> float:
     """Where a value lies between `low` (0) and `high` (1)."""
     low, high = chart.low, chart.high

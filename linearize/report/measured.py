@@ -27,7 +27,7 @@ def perplexity_charts(runs: Sequence[RunFacts]) -> list[Chart]:
             lambda v, s=source, n=longest: (  # type: ignore[misc]
                 r for r in v.run.positions if (r.model, r.source, r.length) == (v.model, s, n)
             ),
-            lambda row: Point((row.start + row.stop) / 2, row.nll),
+            lambda row: Point((row.start + row.stop) / 2, row.nll, row.standard_error),
         )
         title = f"Loss by position in {longest:,} tokens: {source}"
         found.append(Lines(f"positions-{source}", title, "position", "nats a token", series, log_x=True))
@@ -67,7 +67,15 @@ def _perplexity(key: str, title: str, source: str, runs: Sequence[RunFacts], spe
         return [row for row in voice.run.perplexity if (row.model, row.source) == (voice.model, source)]
 
     series = lines(speakers, rows, _perplexity_point)
-    return [Lines(key, title, "tokens a window", "perplexity", series, log_x=True, log_y=True, marks=_trained(runs))]
+    axes = ("tokens a window", "perplexity", series)
+    note = _beyond(row for voice in speakers for row in rows(voice))
+    return [Lines(key, title, *axes, log_x=True, log_y=True, marks=_trained(runs), note=note)]
+
+
+def _beyond(rows: Iterable[PerplexityRow | RecallRow]) -> str:
+    """Lengths that the teacher was not made for: its line there is no measure of the student."""
+    lengths = sorted({row.length for row in rows if row.beyond_positions})
+    return f"The teacher was trained for fewer positions than {lengths[0]:,}." if lengths else ""
 
 
 def _perplexity_point(row: PerplexityRow) -> Point:
@@ -106,6 +114,7 @@ def _recall(key: str, title: str, task: str, runs: Sequence[RunFacts], speakers:
         return Point(length, share, math.sqrt(share * (1 - share) / count))
 
     series = lines(speakers, rows, point)
+    asked = [row for voice in speakers for row in voice.run.recall if row.task == task]
     return Lines(
         key,
         title,
@@ -116,7 +125,17 @@ def _recall(key: str, title: str, task: str, runs: Sequence[RunFacts], speakers:
         log_x=True,
         y_range=(0.0, 1.0),
         marks=_trained(runs),
+        note=f"{_questions(asked)} {_beyond(asked)}".strip(),
     )
+
+
+def _questions(rows: Sequence[RecallRow]) -> str:
+    """How many answers a point stands for."""
+    counts: dict[tuple[str, int], int] = {}
+    for row in rows:
+        counts[row.model, row.length] = counts.get((row.model, row.length), 0) + row.count
+    least, most = min(counts.values()), max(counts.values())
+    return f"{least:,} questions a point." if least == most else f"{least:,} to {most:,} questions a point."
 
 
 def _depths(voice: Voice, task: str) -> Heat | None:

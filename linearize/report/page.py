@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from linearize.evals.crossover import crossover
+from linearize.evals.records import TaskRow
 from linearize.report.charts import FORMATS, Chart
 from linearize.report.facts import RunFacts
 from linearize.report.figures import figures, slug, table
@@ -23,6 +24,8 @@ from linearize.report.measured import (
 from linearize.report.results import Measure, measures, recovered, task_pairs
 from linearize.report.svg import SHADES, TONES
 from linearize.report.training import training_charts
+
+Score = Literal["accuracy", "accuracy_norm"]
 
 
 class Section(NamedTuple):
@@ -52,7 +55,12 @@ def sections(runs: Sequence[RunFacts]) -> list[Section]:
             "The same student with its linear branch or its window switched off: which of them does the work.",
             [] if single is None else probe_charts(single),
         ),
-        Section("Tasks", "Zero-shot accuracy with standard errors.", [], _tasks(runs)),
+        Section(
+            "Tasks",
+            "Zero-shot accuracy with standard errors; “by length” divides scores by the length of the answer.",
+            [],
+            _tasks(runs),
+        ),
         Section(
             "Diagnostics",
             "Where student and teacher differ inside.",
@@ -260,21 +268,38 @@ def _definitions(said: Sequence[tuple[str, Any]]) -> Markup:
 
 
 def _tasks(runs: Sequence[RunFacts]) -> Markup | None:
-    rows, share = [], FORMATS["share"]
+    rows = []
     for run in runs:
         for task, teacher, student in task_pairs(run):
-            cells = [task if len(runs) == 1 else f"{task}, {run.name}"]
-            for row in (teacher, student):
-                cells.append("–" if row is None else f"{share(row.accuracy)} ± {share(row.accuracy_error)}")
-            shares: list[float | None] = [None, None]
-            if teacher is not None and student is not None:
-                shares[0] = recovered(student.accuracy, teacher.accuracy, 0.0)
-                if teacher.chance is not None:
-                    shares[1] = recovered(student.accuracy, teacher.accuracy, teacher.chance)
-            cells += ["–" if value is None else share(value) for value in shares]
-            rows.append([*cells, f"{(student or teacher).count:,}"])  # type: ignore[union-attr]
-    head = ["", "teacher", "student", "recovered", "beyond chance", "n"]
+            name = task if len(runs) == 1 else f"{task}, {run.name}"
+            rows.append([name, *_task_cells(teacher, student, "accuracy")])
+            if any(row is not None and row.accuracy_norm is not None for row in (teacher, student)):
+                rows.append([f"{name}, by length", *_task_cells(teacher, student, "accuracy_norm")])
+            if any(row is not None and row.perplexity is not None for row in (teacher, student)):
+                values = [None if row is None else row.perplexity for row in (teacher, student)]
+                cells = ["–" if value is None else FORMATS["exact"](value) for value in values]
+                rows.append([f"{name}, perplexity", *cells, "", "", "", ""])
+    head = ["", "teacher", "student", "recovered", "beyond chance", "paired p", "n"]
     return table(head, rows) if rows else None
+
+
+def _task_cells(teacher: TaskRow | None, student: TaskRow | None, score: Score) -> list[str]:
+    """Both accuracies with errors, the share that the student keeps, with and without chance, the paired test, n."""
+    share, scores = FORMATS["share"], []
+    cells = []
+    for row in (teacher, student):
+        found = {} if row is None else row.model_dump()
+        value, error = found.get(score), found.get(f"{score}_error")
+        scores.append(value)
+        cells.append("–" if value is None else share(value) if error is None else f"{share(value)} ± {share(error)}")
+    kept: list[float | None] = [None, None]
+    if teacher is not None and scores[0] is not None and scores[1] is not None:
+        kept[0] = recovered(scores[1], scores[0], 0.0)
+        kept[1] = None if teacher.chance is None else recovered(scores[1], scores[0], teacher.chance)
+    cells += ["–" if value is None else share(value) for value in kept]
+    tested = student.paired_p if student is not None and score == "accuracy" else None
+    count = next(row.count for row in (student, teacher) if row is not None)
+    return [*cells, "–" if tested is None else f"{tested:.2g}", f"{count:,}"]
 
 
 def _speed_notes(runs: Sequence[RunFacts]) -> Markup | None:

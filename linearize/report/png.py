@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from linearize.report.charts import FORMATS, Chart, Heat, Lines, heat_share, measured_ticks, plotted
+from linearize.report.charts import FORMATS, Chart, Heat, Lines, Scale, axes_of, heat_share, plotted
 from linearize.report.figures import slug
 
 TEACHER, TONES = "#6f747b", ("#0b6f6a", "#c2571a", "#6a4fb3", "#b02a5b", "#2f6fb7", "#6b7a12")
@@ -23,7 +23,7 @@ def write_images(charts: Sequence[Chart], folder: Path) -> list[Path]:
     for chart in charts:
         figure = Figure(figsize=(5.2, 3.4))
         FigureCanvasAgg(figure)
-        figure.subplots_adjust(left=0.15, right=0.96, bottom=0.15, top=0.91)  # a layout engine would draw all twice
+        figure.subplots_adjust(left=0.15, right=0.9, bottom=0.15, top=0.91)  # a layout engine would draw all twice
         axes = figure.add_subplot()
         axes.set_title(chart.title, fontsize=9, loc="left")
         axes.set_xlabel(chart.x_label, fontsize=8)
@@ -44,8 +44,10 @@ def _lines(axes: Any, chart: Lines) -> None:
 
     axes.set_xscale("log" if chart.log_x else "linear")
     axes.set_yscale("log" if chart.log_y else "linear")
-    axes.set_ylim(chart.y_range)
     series = plotted(chart)
+    frame = axes_of(chart, series)
+    axes.set_xlim(frame.x_range)
+    axes.set_ylim(frame.y_range)
     for line in series:
         tone = TEACHER if line.tone is None else TONES[line.tone % len(TONES)]
         few = len(line.points) <= 40
@@ -60,15 +62,15 @@ def _lines(axes: Any, chart: Lines) -> None:
             linewidth=1.2,
             label=line.name,
         )
-    if chart.log_x:
-        axes.xaxis.set_major_locator(FixedLocator(measured_ticks(p.x for line in series for p in line.points)))
-        axes.xaxis.set_minor_locator(NullLocator())
+    for axis, places in ((axes.xaxis, frame.x_ticks), (axes.yaxis, frame.y_ticks)):
+        axis.set_major_locator(FixedLocator(places))
+        axis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: FORMATS[chart.x_format](value)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: FORMATS[chart.y_format](value)))
-    axes.yaxis.set_minor_formatter(FuncFormatter(lambda value, _: ""))
     for value, label in chart.marks:
         axes.axvline(value, color=TEACHER, linestyle=":", linewidth=0.8)
-        axes.annotate(label, (value, 1), xycoords=("data", "axes fraction"), fontsize=6, va="top")
+        side = "left" if Scale(*frame.x_range, 0, 1, chart.log_x)(value) < 0.6 else "right"
+        axes.annotate(f" {label} ", (value, 1), xycoords=("data", "axes fraction"), fontsize=6, va="top", ha=side)
     axes.grid(axis="y", color="#e6e6e0", linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     if len(series) > 1:
@@ -93,5 +95,7 @@ def _heat(figure: Any, axes: Any, chart: Heat) -> None:
                     text = FORMATS[chart.format](value)
                     axes.text(column, row, text, ha="center", va="center", fontsize=6, color=tone)
     scale = (LogNorm if chart.log else Normalize)(chart.low, chart.high)
-    bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, fraction=0.04)
+    bar = figure.colorbar(ScalarMappable(scale, colours), ax=axes, fraction=0.04, pad=0.02)
+    bar.set_ticks([chart.low, chart.high], labels=[FORMATS[chart.format](v) for v in (chart.low, chart.high)])
+    bar.minorticks_off()
     bar.ax.tick_params(labelsize=6)

@@ -12,11 +12,10 @@ from linearize.report.charts import (
     Lines,
     Scale,
     Series,
+    axes_of,
+    ends,
     heat_share,
-    measured_ticks,
     plotted,
-    span,
-    ticks,
 )
 from linearize.report.markup import Markup, join, tag
 
@@ -45,28 +44,21 @@ def _text(x: float, y: float, text: str, kind: str, anchor: str = "middle") -> M
 
 def _lines(chart: Lines) -> Markup:
     series = plotted(chart)
-    points = [point for line in series for point in line.points]
-    x_low, x_high = span((p.x for p in points), log=chart.log_x, room=0.03)
-    y_low, y_high = chart.y_range or span(
-        [y for p in points for y in (p.y, *_ends(p.y, p.error)) if y > 0 or not chart.log_y], log=chart.log_y
-    )
-    x = Scale(x_low, x_high, LEFT, WIDTH - RIGHT, chart.log_x)
-    y = Scale(y_low, y_high, HEIGHT - BOTTOM, TOP, chart.log_y)
-    x_ticks = measured_ticks(p.x for p in points) if chart.log_x else ticks(x_low, x_high, log=False, most=5)
-    if chart.x_format == "count":
-        x_ticks = [value for value in x_ticks if value == round(value)]
+    axes = axes_of(chart, series)
+    x = Scale(*axes.x_range, LEFT, WIDTH - RIGHT, chart.log_x)
+    y = Scale(*axes.y_range, HEIGHT - BOTTOM, TOP, chart.log_y)
     parts = [_text(8, 13, chart.y_label, "label", "start")]
     parts.append(_text(WIDTH - RIGHT, HEIGHT - 6, chart.x_label, "label", "end"))
-    for value in ticks(y_low, y_high, log=chart.log_y):
+    for value in axes.y_ticks:
         place = y(value)
         parts.append(tag("line", {"class": "grid", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": place, "y2": place}))
         parts.append(_text(LEFT - 6, place + 3.5, FORMATS[chart.y_format](value), "tick", "end"))
     bottom = HEIGHT - BOTTOM
     parts.append(tag("line", {"class": "axis", "x1": LEFT, "x2": WIDTH - RIGHT, "y1": bottom, "y2": bottom}))
-    for value in x_ticks:
+    for value in axes.x_ticks:
         parts.append(_text(x(value), bottom + 15, FORMATS[chart.x_format](value), "tick"))
     for value, label in chart.marks:
-        if x_low <= value <= x_high:
+        if axes.x_range[0] <= value <= axes.x_range[1]:
             place = x(value)
             right = place < WIDTH * 0.6
             parts.append(tag("line", {"class": "mark", "x1": place, "x2": place, "y1": TOP, "y2": bottom}))
@@ -74,10 +66,6 @@ def _lines(chart: Lines) -> Markup:
     parts += [_line(line, chart, x, y) for line in series]
     names = ", ".join(line.name for line in series)
     return _frame(chart, HEIGHT, f"Lines of {names}; {chart.y_label} by {chart.x_label}.", *parts)
-
-
-def _ends(y: float, error: float | None) -> tuple[float, ...]:
-    return () if error is None else (y - error, y + error)
 
 
 def _line(line: Series, chart: Lines, x: Scale, y: Scale) -> Markup:
@@ -90,7 +78,7 @@ def _line(line: Series, chart: Lines, x: Scale, y: Scale) -> Markup:
         said = f"{line.name}: {FORMATS[chart.y_format](point.y)} at {FORMATS[chart.x_format](point.x)}"
         if point.error is not None:
             said += f" (standard error {FORMATS[chart.y_format](point.error)})"
-            low, high = _ends(point.y, point.error)
+            low, high = ends(point)
             if low > 0 or not chart.log_y:
                 parts.append(tag("line", {"class": "error", "x1": left, "x2": left, "y1": y(low), "y2": y(high)}))
         parts.append(_marker(left, top, line.tone, small, said))
