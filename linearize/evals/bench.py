@@ -89,7 +89,8 @@ class Bench:
             return sentences_of(PASSAGE)
         found: list[str] = []
         size = 0
-        for _, text in open_documents(self.wanted.text, self.wanted.text_field):
+        for _, content in open_documents(self.wanted.text, self.wanted.text_field):
+            text = content if isinstance(content, str) else "\n".join(message.content for message in content)
             found += sentences_of(text[: PROSE_CHARACTERS - size])
             size += len(text)
             if size >= PROSE_CHARACTERS:

@@ -73,11 +73,11 @@ def _terms(student: StudentAttention, seen: Seen) -> Terms:
     length = size_HT.shape[1]
     found: Terms = {"relative_error": (wrong_HT, size_HT)}
     with full_precision(teacher_BTHV.device):
-        theirs = teacher_rows(heads, teacher.shapes.scaling)
+        theirs = teacher_rows(heads, teacher.shapes)
         found["teacher_entropy"] = _by_rows(theirs, lambda _, weight: _entropy(weight), length)
         if student.mixer.rows == "none":
             return found
-        ours, scores = student.mixer.row_weights(own), teacher_rows(own, student.shapes.scaling)
+        ours, scores = student.mixer.row_weights(own), teacher_rows(own, student.shapes)
         found["monotonicity"] = _by_rows(ours, lambda rows, weight: _spearman(scores(*rows), weight, rows[0]), length)
         if student.mixer.rows == "normalised":
             found["student_entropy"] = _by_rows(ours, lambda _, weight: _entropy(weight), length)
