@@ -35,6 +35,8 @@ def convert(
     resume: bool = False,
     overwrite: bool = False,
     compile: bool = False,
+    keep: int = 2,
+    save_every: float = 120.0,
     quiet: bool = False,
 ) -> "Converted":
     """Convert a teacher into a linear-attention student and measure both.
@@ -52,6 +54,8 @@ def convert(
         resume: go on with an interrupted run in `out`.
         overwrite: delete a former run in `out`.
         compile: compile the mixers for training; faster on many GPUs.
+        keep: how many checkpoints stay.
+        save_every: seconds between checkpoints, at most.
         quiet: print nothing.
 
     Raises:
@@ -75,6 +79,8 @@ def convert(
         resume=resume,
         overwrite=overwrite,
         compile=compile,
+        keep=keep,
+        save_every=save_every,
     )
     return run_conversion(job, Console(stderr=True, quiet=quiet))
 

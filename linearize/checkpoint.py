@@ -64,7 +64,8 @@ class RunState(Config):
     """Where a run stands: the content of `state.json`.
 
     `step`, `micro_batches`, `tokens` and `seconds` (training only) count from the start of the stage; `metrics` is the
-    last record of the stage in `metrics.jsonl`.
+    last record of the stage in `metrics.jsonl`. `skipped` counts the last steps in a row whose loss or gradient was not
+    finite.
     """
 
     format: Literal[1] = 1
@@ -75,6 +76,7 @@ class RunState(Config):
     micro_batches: int = Field(default=0, ge=0)
     tokens: int = Field(default=0, ge=0)
     seconds: float = Field(default=0.0, ge=0)
+    skipped: int = Field(default=0, ge=0)
     seed: int
     recipe_hash: str
     corpus_fingerprint: str
@@ -87,7 +89,9 @@ class RunState(Config):
         """Whether the stage has taken all of its steps."""
         return self.step >= self.steps
 
-    def advanced(self, micro_batches: int, tokens: int, seconds: float, metrics: dict[str, float | None]) -> "RunState":
+    def advanced(
+        self, micro_batches: int, tokens: int, seconds: float, metrics: dict[str, float | None], skipped: bool
+    ) -> "RunState":
         """The state one step later."""
         return self.model_copy(
             update={
@@ -96,6 +100,7 @@ class RunState(Config):
                 "tokens": self.tokens + tokens,
                 "seconds": self.seconds + seconds,
                 "metrics": metrics,
+                "skipped": self.skipped + 1 if skipped else 0,
             }
         )
 

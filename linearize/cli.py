@@ -66,6 +66,8 @@ def convert(
     compile_mixers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the mixers for training; faster on many GPUs.")
     ] = False,
+    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay.")] = 2,
+    save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between checkpoints, at most.")] = 120.0,
 ) -> None:
     """Convert a teacher into a student, train it, write it, and measure both.
 
@@ -88,6 +90,8 @@ def convert(
         resume,
         overwrite,
         compile_mixers,
+        keep,
+        save_every,
     )
     out_console.print(conversion_report(run_conversion(job, log_console)))
 

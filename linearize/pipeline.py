@@ -65,6 +65,8 @@ class Conversion:
     resume: bool = False
     overwrite: bool = False
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
+    keep: int = 2  # checkpoints
+    save_every: float = 120.0  # seconds, at most, between checkpoints
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         def evaluate() -> dict[str, float]:
             return {**measure(), **monitor()}
 
-        settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision])
+        settings = FitSettings(MIXED[machine.precision], None, job.save_every, job.keep, evaluate=evaluate)
         stages = _train(grafted, recipe, corpus, settings, folder, console)
 
         export_student(grafted, teacher.tokenizer, recipe, folder.student)

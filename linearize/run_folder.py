@@ -83,12 +83,24 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunError: when it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    aside, text = _aside(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     try:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # without it, a power cut may leave the new name with an empty file
         os.replace(aside, path)
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror or error}", place=str(path)) from None
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _before_it_began(folder: RunFolder) -> tuple[Path, ...]:
+    """What a run that was killed before its facts were written may have left."""
+    return folder.run / ".lock", _aside(folder.facts_file)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -116,7 +128,9 @@ def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterat
     if resume and overwrite:
         raise RunError("--resume and --overwrite contradict each other", place=str(out))
     try:
-        used = folder.student.is_file() or any(path.is_file() and path.name != ".lock" for path in out.rglob("*"))
+        used = folder.student.is_file() or any(
+            path.is_file() and path not in _before_it_began(folder) for path in out.rglob("*")
+        )
         if resume and not folder.facts_file.is_file():
             raise RunError(
                 "there is no run to go on with", place=str(out), remedy="Leave out --resume to start one there."

@@ -1,21 +1,13 @@
-"""The one training loop. `fit` reads top to bottom; everything below it is a part it names.
-
-A little over 400 lines: the loop, its schedules and its signals are read together, and nothing else uses them.
-"""
+"""The one training loop. `fit` reads top to bottom; everything below it is a part it names."""
 
 from __future__ import annotations
 
 import math
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,23 +16,25 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from linearize.checkpoint import (
-    Checkpoint,
-    RngState,
     RunState,
-    TrainerState,
     check_same_run,
     get_rng_state,
     read_trainer,
     refuse_used,
     remove_stale,
     restore_student,
-    save_checkpoint,
     seed_all,
     set_rng_state,
 )
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
-from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.runs import FitResult, FitSettings, Run
+from linearize.saving import Saver
+from linearize.schedules import learning_rate
+from linearize.signals import interruptible
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
+
+__all__ = ["Batches", "FitResult", "FitSettings", "Run", "check_budget", "fit", "learning_rate"]
 
 
 class Batches(Protocol):
@@ -49,69 +43,6 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Batch: ...
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How to run a stage; nothing here changes what is learnt, apart from `mixed_precision`.
-
-    Attributes:
-        mixed_precision: `bf16` runs the forward under autocast; parameters, gradients and AdamW keep their own dtype.
-        save_every_steps: steps between checkpoints; None = by time only.
-        save_every_seconds: longest time without a checkpoint; the stage's end saves one in any case. `keep` stay.
-        evaluate: returns numbers to log as `eval/<name>`. It must leave the model as it found it (train mode too);
-            the random states are put back for it.
-        eval_every_steps: steps between evaluations; None = at the stage's end only.
-    """
-
-    mixed_precision: Literal["no", "bf16"] = "no"
-    save_every_steps: int | None = None
-    save_every_seconds: float = 120.0
-    keep: int = 2
-    evaluate: Callable[[], Mapping[str, float]] | None = None
-    eval_every_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the stages of one run share.
-
-    Attributes:
-        out: the run's folder.
-        stage_index: number of the stage that is being fitted, from 0.
-        student: all student parameters by name (mixers, LoRA, and base weights that this stage or an earlier one
-            trains): what every checkpoint stores, a superset of what the stage trains.
-        checkpoint: where to go on from, if it is of this stage; else None, and the caller restores the student from
-            the checkpoint of the stage before (`restore_student`).
-        metrics, progress: the run's metrics.jsonl, and where progress is shown.
-        seed: with the stage's index it gives the stage's random numbers.
-        recipe_hash, corpus_fingerprint: a resumed run must have the same ones.
-    """
-
-    out: Path
-    stage_index: int
-    student: Mapping[str, Tensor]
-    checkpoint: Checkpoint | None
-    metrics: MetricsLog
-    progress: Progress
-    seed: int
-    recipe_hash: str
-    corpus_fingerprint: str
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a stage came to. Tokens and seconds count the whole stage, over interruptions; seconds only its training.
-
-    `metrics` are those of the last step; `peak_memory_bytes` is what CUDA allocated at most, else the process's RSS.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    metrics: Mapping[str, float | None]
-    peak_memory_bytes: int
 
 
 def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitResult:
@@ -126,7 +57,8 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
 
     Raises:
         RunError: the budget is below one batch, the checkpoint does not fit, or one cannot be written.
-        NonFiniteLossError: the loss or the gradient became NaN or infinite; the weights are those before that step.
+        NonFiniteLossError: the loss or the gradient became NaN or infinite, and the stage is to stop then or has
+            skipped too many such steps in a row; the weights are those before that step.
         RunInterrupted: on SIGINT or SIGTERM, after the current step and a checkpoint.
     """
     config = stage.config
@@ -137,68 +69,39 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
     accelerator = _accelerator(device, settings.mixed_precision, config.accumulation)
     optimizer = _adamw(parameters, config.optimizer)
     state = _begin(stage, run, parameters, optimizer)
-    saver = _Saver(run, settings, list(parameters), optimizer)
     throughput = Throughput()
 
-    with _interruptible() as interrupt, run.progress.stage(stage.name, config.steps, state.step) as progress:
+    with (
+        interruptible() as interrupt,
+        Saver(run, settings, list(parameters), optimizer) as saver,
+        run.progress.stage(stage.name, config.steps, state.step) as progress,
+    ):
         while not state.finished and not interrupt.signals:
             started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
             micro_batches, tokens = _forward_backward(stage, batches, state.micro_batches, accelerator, device)
             grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
             metrics, fault = fetch_means(micro_batches, grad_norm, state.micro_batches)  # the step's only sync
-            if fault is not None:
-                raise _non_finite(state, config, fault, saver.save(state, rng))
             lr = learning_rate(state.step, config.steps, config.optimizer)
-            _optimizer_step(optimizer, lr)
+            if fault is None:
+                _optimizer_step(optimizer, lr)
+            elif config.on_nonfinite == "stop" or state.skipped == config.max_skips:
+                raise _non_finite(state, config, fault, saver.save_and_wait(state, rng))
+            else:
+                optimizer.zero_grad(set_to_none=True)
+                run.progress.console.print(_skipped(state, fault), highlight=False, markup=False)
             seconds = time.perf_counter() - started
             throughput.add(tokens, seconds)
             metrics = metrics | {"lr": lr} | _evaluate(settings, state.step + 1, state.steps)
-            state = state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics))
+            state = state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics), fault is not None)
             run.metrics.write(_record(state, seconds, throughput))
             progress.update(state.step, metrics, throughput)
             if saver.is_due(state):
                 saver.save(state, get_rng_state())
-        saved = saver.save(state, get_rng_state())
+        saved = saver.save_and_wait(state, get_rng_state())
     if interrupt.signals:
         raise _interrupted(state, interrupt.signals[0], saved)
     speed = state.tokens / state.seconds if state.seconds else 0.0
     return FitResult(state.step, state.tokens, state.seconds, speed, state.metrics, peak_memory_bytes(device))
-
-
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step number `step` (from 0) of `steps`.
-
-    The first `warmup` share of the steps climbs in equal parts from lr / (n + 1) and reaches the peak at step n; the
-    schedule then goes from the peak to exactly `min_lr_ratio` × the peak at the last step.
-    """
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    return config.lr * SCHEDULES[config.schedule](step - warmup, steps - warmup, steps, config)
-
-
-def _cosine(step: int, after_warmup: int, steps: int, config: OptimizerConfig) -> float:
-    share = step / max(1, after_warmup - 1)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _constant(step: int, after_warmup: int, steps: int, config: OptimizerConfig) -> float:
-    return 1.0
-
-
-def _wsd(step: int, after_warmup: int, steps: int, config: OptimizerConfig) -> float:
-    """Warm-up, stable, decay: at the peak, then linearly down over the last `decay` share of all steps."""
-    decay = min(round(config.decay * steps), after_warmup)
-    into_decay = step - (after_warmup - decay) + 1
-    return 1.0 if into_decay <= 0 else 1 - (1 - config.min_lr_ratio) * into_decay / decay
-
-
-# (step after the warm-up, steps after the warm-up, steps, config) -> share of the peak
-SCHEDULES: dict[str, Callable[[int, int, int, OptimizerConfig], float]] = {
-    "cosine": _cosine,
-    "constant": _constant,
-    "wsd": _wsd,
-}
 
 
 def check_budget(config: StageConfig, stage_index: int) -> None:
@@ -344,59 +247,8 @@ def _evaluate(settings: FitSettings, step: int, steps: int) -> dict[str, float]:
 
 def _record(state: RunState, seconds: float, throughput: Throughput) -> dict[str, object]:
     place = {"stage": state.stage_index, "name": state.stage_name, "step": state.step, "tokens": state.tokens}
+    place |= {"skipped": state.skipped} if state.skipped else {}
     return place | state.metrics | {"seconds": seconds, "tokens_per_second": throughput.tokens_per_second}
-
-
-class _Saver:
-    """Saves when it is time to, and never the same step twice."""
-
-    def __init__(self, run: Run, settings: FitSettings, names: list[str], optimizer: torch.optim.Optimizer) -> None:
-        self._run, self._settings, self._names, self._optimizer = run, settings, names, optimizer
-        self._saved = run.checkpoint.folder if run.checkpoint else None
-        self._saved_step = run.checkpoint.state.step if run.checkpoint else None
-        self._saved_at = time.monotonic()
-
-    def is_due(self, state: RunState) -> bool:
-        steps, seconds = self._settings.save_every_steps, self._settings.save_every_seconds
-        return (steps is not None and state.step % steps == 0) or time.monotonic() - self._saved_at >= seconds
-
-    def save(self, state: RunState, rng: RngState) -> Path:
-        if self._saved is None or self._saved_step != state.step:
-            self._run.metrics.sync()
-            trainer: TrainerState = {"names": self._names, "optimizer": self._optimizer.state_dict(), "rng": rng}
-            self._saved = save_checkpoint(self._run.out, state, self._run.student, trainer, self._settings.keep)
-            self._saved_step, self._saved_at = state.step, time.monotonic()
-        return self._saved
-
-
-class _Interrupt:
-    """The signals that asked to stop."""
-
-    def __init__(self) -> None:
-        self.signals: list[signal.Signals] = []
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.signals.append(signal.Signals(number))
-        if len(self.signals) > 1:
-            raise KeyboardInterrupt
-        # written directly: a handler that runs within a print must not print
-        os.write(2, b"\nstopping after this step and a checkpoint; once more to stop at once\n")
-
-
-@contextmanager
-def _interruptible() -> Iterator[_Interrupt]:
-    """Note SIGINT and SIGTERM instead of dying by them; a second one raises KeyboardInterrupt at once.
-
-    Python allows this in the main thread only; elsewhere the handlers stay as they are.
-    """
-    interrupt = _Interrupt()
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield interrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def _interrupted(state: RunState, received: signal.Signals, saved: Path) -> RunInterrupted:
@@ -406,12 +258,21 @@ def _interrupted(state: RunState, received: signal.Signals, saved: Path) -> RunI
     )
 
 
+def _skipped(state: RunState, fault: str) -> str:
+    return (
+        f"Skipped step {state.step + 1} of stage {state.stage_index} ({state.stage_name}): {fault}; weights and "
+        "optimiser stay as they were."
+    )
+
+
 def _non_finite(state: RunState, config: StageConfig, fault: str, saved: Path) -> NonFiniteLossError:
     place = f"stages.{state.stage_index}"
+    before = f" {state.skipped} steps in a row were skipped before it." if state.skipped else ""
     return NonFiniteLossError(
-        f"{fault}; the optimiser step was not taken.",
+        f"{fault}; the optimiser step was not taken.{before}",
         place=f"{place} ({state.stage_name}), step {state.step + 1} of {state.steps}",
         remedy=f"The weights before it are in {saved}. Start again in another output folder with a lower learning rate "
-        f"(`--set {place}.optimizer.lr=`, now {config.optimizer.lr:g}) or a longer warm-up; if the machine was at "
-        "fault, go on with `--resume`.",
+        f"(`--set {place}.optimizer.lr=`, now {config.optimizer.lr:g}), a longer warm-up, or with "
+        f"`--set {place}.on_nonfinite=skip` where single batches are at fault; if the machine was, go on with "
+        "`--resume`.",
     )

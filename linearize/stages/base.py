@@ -74,6 +74,8 @@ class StageConfig(Config):
     micro_batch: int = Field(8, ge=1, description="rows per forward; must divide batch")
     optimizer: OptimizerConfig = OptimizerConfig()
     train: tuple[Part, ...] = Field(("mixer",), description="what trains: mixer, qkv, o, norms, lora or all")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="what a NaN or infinite loss or gradient does")
+    max_skips: int = Field(5, ge=1, description="skip: a run of more such steps ends the stage")
 
     @field_validator("train")
     @classmethod
