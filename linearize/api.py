@@ -37,6 +37,7 @@ def convert(
     compile: bool = False,
     keep: int = 2,
     save_every: float = 120.0,
+    split: str | None = None,
     quiet: bool = False,
 ) -> "Converted":
     """Convert a teacher into a linear-attention student and measure both.
@@ -56,6 +57,7 @@ def convert(
         compile: compile the mixers for training; faster on many GPUs.
         keep: how many checkpoints stay.
         save_every: seconds between checkpoints, at most.
+        split: how the processes of `accelerate launch` or torchrun share the work: `"data"`, `"layers"` or `"fsdp"`.
         quiet: print nothing.
 
     Raises:
@@ -81,6 +83,7 @@ def convert(
         compile=compile,
         keep=keep,
         save_every=save_every,
+        split=split,
     )
     return run_conversion(job, Console(stderr=True, quiet=quiet))
 

@@ -113,9 +113,10 @@ class Checkpoint:
     state: RunState
 
 
-def seed_all(seed: int, stage_index: int) -> None:
-    """Seed python, numpy and torch (all devices) for one stage of a run."""
-    word = int(np.random.SeedSequence([seed, stage_index]).generate_state(1)[0])
+def seed_all(seed: int, stage_index: int, micro_batch: int | None = None) -> None:
+    """Seed python, numpy and torch (all devices) for one stage of a run, or for one of its micro-batches."""
+    words = [seed, stage_index] if micro_batch is None else [seed, stage_index, micro_batch]
+    word = int(np.random.SeedSequence(words).generate_state(1)[0])
     random.seed(word)
     np.random.seed(word)
     torch.manual_seed(word)

@@ -17,8 +17,17 @@ from transformers import PreTrainedModel
 
 from linearize.adapters import lora_parameters
 from linearize.card import CardFacts, model_card
-from linearize.checkpoint import load_latest, seed_all
+from linearize.checkpoint import load_latest, restore_student, seed_all
 from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
+from linearize.distributed import (
+    Split,
+    check_agreement,
+    choose_split,
+    shard_base,
+    share_rows,
+    sharing,
+    start_processes,
+)
 from linearize.errors import DataError
 from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
@@ -27,7 +36,7 @@ from linearize.machine import Machine, Precision, choose_machine, versions
 from linearize.metrics import MetricsLog, Progress
 from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
-from linearize.run_folder import RunFolder, open_run_folder, write_json
+from linearize.run_folder import RunFolder, share_run_folder, write_json
 from linearize.stages import Stage, build_stage, check_stages
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
@@ -67,6 +76,7 @@ class Conversion:
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
     keep: int = 2  # checkpoints
     save_every: float = 120.0  # seconds, at most, between checkpoints
+    split: str | None = None  # over processes: see SPLITS
 
 
 @dataclass(frozen=True)
@@ -101,15 +111,19 @@ class Converted:
 def convert(job: Conversion, console: Console | None = None) -> Converted:
     """Convert a teacher into a linear-attention student.
 
+    Under accelerate or torchrun, every process calls this and gets the same result; the main one writes and speaks.
+
     Raises:
         LinearizeError: for all that the user can mend: a name, a recipe, text, a folder, a full disk, a diverged run.
         RunInterrupted: after SIGINT or SIGTERM; a checkpoint was saved.
     """
-    console = console or Console(stderr=True)
     recipe = load_recipe(job.recipe, job.overrides, job.tokens)
     for index, stage in enumerate(recipe.stages):
         check_budget(stage, index)
-    with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
+    processes = start_processes(job.device)
+    split = choose_split(job.split, recipe.stages, processes)
+    console = (console or Console(stderr=True)) if processes.main else Console(quiet=True)
+    with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         machine = _machine(job, recipe, folder)
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
         teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
@@ -118,11 +132,13 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         check_stages(recipe.stages, plan)
         corpus = _corpus(job, recipe, teacher, console)
         heldout, length = _heldout(job, recipe, teacher, corpus)
-        facts = _facts(job, recipe, machine, teacher, corpus)
+        check_agreement(processes, "text", corpus.fingerprint)
+        rows = share_rows(recipe.stages, folder.facts().get("micro_batches"), split, processes, console)
+        shared = recipe.model_copy(update={"stages": rows})
+        facts = _facts(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
         folder.begin(facts)
 
         before = Measured(**folder.once("teacher", lambda: asdict(_measure(teacher.model, teacher, heldout, length))))
-        seed_all(recipe.seed, len(recipe.stages))  # mixers that start at random start the same in every run
         grafted = _graft(teacher.model, plan, recipe, job)
         second = "" if grafted.teacher is None else " Base weights will train: the teacher is a second copy."
         console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.{second}", highlight=False)
@@ -135,20 +151,28 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
             return {**measure(), **monitor()}
 
         settings = FitSettings(MIXED[machine.precision], None, job.save_every, job.keep, evaluate=evaluate)
-        stages = _train(grafted, recipe, corpus, settings, folder, console)
+        if split == "fsdp":
+            shard_base(grafted, machine.device, processes)
+        stages = _train(grafted, shared, corpus, settings, (folder, facts["recipe_hash"], split), console)
 
-        export_student(grafted, teacher.tokenizer, recipe, folder.student)
-        reloaded = load_student(folder.student, device=str(machine.device))
-        after = _measure(reloaded, teacher, heldout, length)
-        result = Converted(folder.student, length, before, untrained, stages, after)
-        _document(recipe, facts, result, folder)
-    return result
+        def finish() -> Converted:
+            student = _whole_student(job, recipe, teacher, folder) if split == "fsdp" else grafted
+            export_student(student, teacher.tokenizer, recipe, folder.student)
+            reloaded = load_student(folder.student, device=str(machine.device))
+            after = _measure(reloaded, teacher, heldout, length)
+            result = Converted(folder.student, length, before, untrained, stages, after)
+            _document(recipe, facts, result, folder)
+            return result
+
+        return processes.on_main(finish)
 
 
 def _machine(job: Conversion, recipe: Recipe, folder: RunFolder) -> Machine:
-    """The machine; a resumed run keeps the precision it began with."""
+    """The machine; a resumed run keeps the precision it began with, and processes have the main one's."""
     began = folder.facts().get("precision")
-    return choose_machine(job.device, began or recipe.precision)
+    machine = choose_machine(job.device, began or recipe.precision)
+    precision, why = folder.processes.on_main(lambda: (machine.precision, machine.why))
+    return replace(machine, precision=precision, why=why)
 
 
 def _corpus(job: Conversion, recipe: Recipe, teacher: Teacher, console: Console) -> Corpus:
@@ -227,6 +251,7 @@ def _command(job: Conversion) -> str:
 
 def _graft(model: PreTrainedModel, plan: tuple[Swap, ...], recipe: Recipe, job: Conversion) -> Graft:
     """The graft, with what its recipe's stages and this job ask of it."""
+    seed_all(recipe.seed, len(recipe.stages))  # mixers that start at random start the same in every run
     grafted = graft(model, plan)
     if recipe.needs_frozen_teacher:
         grafted = with_frozen_teacher(grafted)
@@ -240,17 +265,17 @@ def _train(
     recipe: Recipe,
     corpus: Corpus,
     settings: FitSettings,
-    folder: RunFolder,
+    run_of: tuple[RunFolder, str, Split],
     console: Console,
 ) -> list[dict[str, Any]]:
     """Run every stage, or what is left of them; what each came to."""
-    checkpoint = load_latest(folder.run)
+    folder, recipe_hash, split = run_of
+    checkpoint = folder.processes.on_main(lambda: load_latest(folder.run))
     first = 0 if checkpoint is None else checkpoint.state.stage_index
     built: list[Stage] = []
     with MetricsLog(folder.run / "metrics.jsonl") as metrics:
         for index, config in enumerate(recipe.stages):
-            seed_all(recipe.seed, len(recipe.stages) + 1 + index)  # adapters that start at random, likewise
-            stage = build_stage(config, grafted)
+            stage = _build_stage(recipe, index, grafted)
             built.append(stage)
             if index < first:
                 continue
@@ -263,14 +288,35 @@ def _train(
                 metrics=metrics,
                 progress=Progress(console),
                 seed=recipe.seed,
-                recipe_hash=recipe.digest(),
+                recipe_hash=recipe_hash,
                 corpus_fingerprint=corpus.fingerprint,
+                processes=folder.processes,
+                split=split,
             )
             every = max(FEW_STEPS, config.steps // recipe.evaluations)
             result = fit(stage, _batches(corpus, recipe, index), run, replace(settings, eval_every_steps=every))
             folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})
     grafted.model.requires_grad_(False)
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
+
+
+def _build_stage(recipe: Recipe, index: int, grafted: Graft) -> Stage:
+    seed_all(recipe.seed, len(recipe.stages) + 1 + index)  # adapters that start at random, like mixers
+    return build_stage(recipe.stages[index], grafted)
+
+
+def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: RunFolder) -> Graft:
+    """The trained student with all of its weights here, where they were sharded.
+
+    Base weights stayed frozen: they are the teacher's, and all else is in the last checkpoint.
+    """
+    again = load_teacher(job.model, dtype=teacher.model.dtype, device=teacher.model.device)
+    grafted = _graft(again.model, plan_surgery(again.model, recipe.mixer, recipe.keep_softmax), recipe, job)
+    stages = [_build_stage(recipe, index, grafted) for index in range(len(recipe.stages))]
+    checkpoint = load_latest(folder.run)
+    assert checkpoint is not None
+    restore_student(checkpoint, student_parameters(grafted, stages))
+    return grafted
 
 
 def student_parameters(grafted: Graft, stages: Iterable[Stage]) -> dict[str, torch.nn.Parameter]:

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from linearize.distributed import ALONE, Processes
 from linearize.errors import RunError
 
 SAME = ("model", "recipe_hash", "text", "seed")
@@ -23,6 +24,7 @@ class RunFolder:
     """Where a conversion writes."""
 
     student: Path  # the Hugging Face folder
+    processes: Processes = ALONE  # every one calls, the main one reads and writes
 
     @property
     def run(self) -> Path:
@@ -39,11 +41,11 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any]:
         """What the run began with; empty before it did."""
-        return _read_json(self.facts_file)
+        return self.processes.on_main(lambda: _read_json(self.facts_file))
 
     def results(self) -> dict[str, Any]:
         """What was measured so far, by name."""
-        return _read_json(self.results_file)
+        return self.processes.on_main(lambda: _read_json(self.results_file))
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Note what the run begins with, or check that a resumed one goes on with the same.
@@ -64,16 +66,19 @@ class RunFolder:
                 remedy="Repeat its own command with --resume (run.json holds it), or choose another --out.",
             )
         if not began:
-            write_json(self.facts_file, facts)
+            self.processes.on_main(lambda: write_json(self.facts_file, facts))
 
     def record(self, name: str, value: Any) -> None:
         """Add a result, or replace it."""
-        write_json(self.results_file, {**self.results(), name: value})
+        known = self.results()
+        self.processes.on_main(lambda: write_json(self.results_file, {**known, name: value}))
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result of that name; measured now if no earlier part of the run did."""
-        if name not in self.results():
-            self.record(name, measure())
+        """The result of that name; measured now, by the main process, if no earlier part of the run did."""
+        known = self.results()
+        if name in known:
+            return known[name]
+        self.record(name, self.processes.on_main(measure))
         return self.results()[name]
 
 
@@ -113,6 +118,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise RunError(f"cannot be read: holds {type(found).__name__}, not keys and values", place=str(path))
     return found
+
+
+@contextmanager
+def share_run_folder(processes: Processes, out: str | Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """`open_run_folder` for many processes: the main one holds it, all of them must see it."""
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(open_run_folder(out, resume=resume, overwrite=overwrite))
+
+        processes.on_main(take)
+        yield RunFolder(Path(out).absolute(), processes)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Literal
 from torch import Tensor
 
 from linearize.checkpoint import Checkpoint
+from linearize.distributed import ALONE, Processes, Split
 from linearize.metrics import MetricsLog, Progress
 
 
@@ -51,6 +52,7 @@ class Run:
         metrics, progress: the run's metrics.jsonl, and where progress is shown.
         seed: with the stage's index it gives the stage's random numbers.
         recipe_hash, corpus_fingerprint: a resumed run must have the same ones.
+        processes, split: who trains, and how they share the work; only the main process writes.
     """
 
     out: Path
@@ -62,13 +64,16 @@ class Run:
     seed: int
     recipe_hash: str
     corpus_fingerprint: str
+    processes: Processes = ALONE
+    split: Split = "data"
 
 
 @dataclass(frozen=True)
 class FitResult:
     """What a stage came to. Tokens and seconds count the whole stage, over interruptions; seconds only its training.
 
-    `metrics` are those of the last step; `peak_memory_bytes` is what CUDA allocated at most, else the process's RSS.
+    `metrics` are those of the last step; `peak_memory_bytes` is what CUDA allocated at most, else the process's RSS:
+    of the process that took most.
     """
 
     steps: int

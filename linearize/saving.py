@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from linearize.checkpoint import RngState, RunState, TrainerState, save_checkpoint
+from linearize.distributed import Share
 from linearize.runs import FitSettings, Run
 
 log = logging.getLogger(__name__)
@@ -21,8 +22,8 @@ log = logging.getLogger(__name__)
 class Saver:
     """Saves when it is time to, and never the same step twice. A context: no write is under way after its end."""
 
-    def __init__(self, run: Run, settings: FitSettings, names: list[str], optimizer: torch.optim.Optimizer) -> None:
-        self._run, self._settings, self._names, self._optimizer = run, settings, names, optimizer
+    def __init__(self, run: Run, settings: FitSettings, share: Share, optimizer: torch.optim.Optimizer) -> None:
+        self._run, self._settings, self._share, self._optimizer = run, settings, share, optimizer
         self._saved = run.checkpoint.folder if run.checkpoint else None
         self._saved_step = run.checkpoint.state.step if run.checkpoint else None
         self._saved_at = time.monotonic()
@@ -39,7 +40,7 @@ class Saver:
         if self._writing is not None and (lost := self._writing.exception()) is not None:
             log.warning("a checkpoint could not be written: %s", lost)  # beside the error that ends the training
 
-    def is_due(self, state: RunState) -> bool:
+    def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step.
 
         Raises:
@@ -48,22 +49,28 @@ class Saver:
         if self._writing is not None and self._writing.done():
             self._wait()
         steps, seconds = self._settings.save_every_steps, self._settings.save_every_seconds
-        return (steps is not None and state.step % steps == 0) or time.monotonic() - self._saved_at >= seconds
+        return (steps is not None and step % steps == 0) or time.monotonic() - self._saved_at >= seconds
 
     def save(self, state: RunState, rng: RngState) -> None:
         """Save, in the background if the settings say so; a write that is under way is waited for.
+
+        All processes call it, and the main one writes.
 
         Raises:
             RunError: this checkpoint, or the one before, could not be written.
         """
         self._wait()
-        if self._saved is not None and self._saved_step == state.step:
+        if self._saved_step == state.step:
             return
-        trainer: TrainerState = {"names": self._names, "optimizer": self._optimizer.state_dict(), "rng": rng}
         self._saved_step, self._saved_at = state.step, time.monotonic()
+        self._share.exchange_weights(self._run.student)
+        optimizer = self._share.optimizer_state(self._optimizer)
+        if not self._run.processes.main:
+            return
+        trainer: TrainerState = {"names": self._share.all_names, "optimizer": optimizer, "rng": rng}
         if self._settings.save_in_background:
             student = {name: _copy(tensor) for name, tensor in self._run.student.items()}
-            trainer["optimizer"] = _copy(trainer["optimizer"])
+            trainer["optimizer"] = _copy(optimizer)
             self._writing = self._thread.submit(self._write, state, student, trainer)
         else:
             self._saved = self._write(state, dict(self._run.student), trainer)
@@ -71,6 +78,9 @@ class Saver:
     def save_and_wait(self, state: RunState, rng: RngState) -> Path:
         """Save, and return the checkpoint's folder when it is whole. Raises as `save` does."""
         self.save(state, rng)
+        return self._run.processes.on_main(self._finished)
+
+    def _finished(self) -> Path:
         self._wait()
         assert self._saved is not None
         return self._saved

@@ -106,6 +106,10 @@ class Graft:
             parameter.data = parameter.data.to(dtype)
         self.raised.clear()
 
+    def layers(self) -> list[nn.Module]:
+        """All decoder layers of the model, by number."""
+        return list(self.model.get_submodule(family_of(base_model_type(self.model)).layers).children())
+
     def mixer_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that surgery added, by their names in the model."""
         ours = {id(parameter) for student in self.students.values() for parameter in student.mixer.parameters()}

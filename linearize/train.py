@@ -6,6 +6,7 @@ import math
 import signal
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +27,7 @@ from linearize.checkpoint import (
     seed_all,
     set_rng_state,
 )
+from linearize.distributed import Processes, Share, StepReport, send_from, share_of_layers
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.runs import FitResult, FitSettings, Run
@@ -35,6 +37,10 @@ from linearize.signals import interruptible
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
 
 __all__ = ["Batches", "FitResult", "FitSettings", "Run", "check_budget", "fit", "learning_rate"]
+
+
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+"""How accelerate may have started us; the sharding of FSDP is done here in any case."""
 
 
 class Batches(Protocol):
@@ -64,44 +70,93 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
     config = stage.config
     check_budget(config, run.stage_index)
     _check_batches(config, len(batches), run)
-    parameters = _trainable(stage, run)
-    device = next(iter(parameters.values())).device
-    accelerator = _accelerator(device, settings.mixed_precision, config.accumulation)
-    optimizer = _adamw(parameters, config.optimizer)
-    state = _begin(stage, run, parameters, optimizer)
-    throughput = Throughput()
+    work = _prepare(stage, batches, run, settings)
+    share, optimizer = work.share, work.optimizer
+    state = _begin(stage, run, share, optimizer)
+    throughput, stop = Throughput(), False
 
     with (
-        interruptible() as interrupt,
-        Saver(run, settings, list(parameters), optimizer) as saver,
+        interruptible(run.processes) as interrupt,
+        Saver(run, settings, share, optimizer) as saver,
         run.progress.stage(stage.name, config.steps, state.step) as progress,
     ):
-        while not state.finished and not interrupt.signals:
+        while not state.finished and not stop:
             started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
-            micro_batches, tokens = _forward_backward(stage, batches, state.micro_batches, accelerator, device)
-            grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
-            metrics, fault = fetch_means(micro_batches, grad_norm, state.micro_batches)  # the step's only sync
-            lr = learning_rate(state.step, config.steps, config.optimizer)
-            if fault is None:
+            metrics, fault = work.gradients(state)  # the step's only sync
+            due = run.processes.main and saver.is_due(state.step + 1)
+            report = share.agree(StepReport(metrics, fault, bool(interrupt.signals), due))
+            stop, lr = report.stop, learning_rate(state.step, config.steps, config.optimizer)
+            if report.fault is None:
                 _optimizer_step(optimizer, lr)
             elif config.on_nonfinite == "stop" or state.skipped == config.max_skips:
-                raise _non_finite(state, config, fault, saver.save_and_wait(state, rng))
+                raise _non_finite(state, config, report.fault, saver.save_and_wait(state, rng))
             else:
                 optimizer.zero_grad(set_to_none=True)
-                run.progress.console.print(_skipped(state, fault), highlight=False, markup=False)
+                run.progress.console.print(_skipped(state, report.fault), highlight=False, markup=False)
             seconds = time.perf_counter() - started
-            throughput.add(tokens, seconds)
-            metrics = metrics | {"lr": lr} | _evaluate(settings, state.step + 1, state.steps)
-            state = state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics), fault is not None)
-            run.metrics.write(_record(state, seconds, throughput))
+            throughput.add(config.length * config.batch, seconds)
+            metrics = {**report.metrics, "lr": lr} | _evaluate(settings, share, run, state)
+            state = _advanced(state, config, seconds, metrics, report.fault is not None)
+            if run.processes.main:
+                run.metrics.write(_record(state, seconds, throughput))
             progress.update(state.step, metrics, throughput)
-            if saver.is_due(state):
+            if report.due:
                 saver.save(state, get_rng_state())
         saved = saver.save_and_wait(state, get_rng_state())
-    if interrupt.signals:
-        raise _interrupted(state, interrupt.signals[0], saved)
+        stop = run.processes.any(bool(interrupt.signals))
+    if stop:
+        raise _interrupted(state, interrupt.signals, saved)
+    share.exchange_weights(run.student)
+    peak = max(run.processes.gather(peak_memory_bytes(work.device)))
     speed = state.tokens / state.seconds if state.seconds else 0.0
-    return FitResult(state.step, state.tokens, state.seconds, speed, state.metrics, peak_memory_bytes(device))
+    return FitResult(state.step, state.tokens, state.seconds, speed, state.metrics, peak)
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What one step of a stage needs, on this process."""
+
+    stage: Stage
+    batches: Batches
+    run: Run
+    share: Share
+    parameters: dict[str, nn.Parameter]
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def gradients(self, state: RunState) -> tuple[dict[str, float], str | None]:
+        """The clipped gradients of the next step; this process's metrics, and what in them is not finite."""
+        config, parameters = self.stage.config, self.parameters.values()
+        numbers = self.share.micro_batches(state.micro_batches, config.accumulation)
+        micro_batches = [self._micro_batch(number) for number in numbers]
+        self.share.exchange_gradients(parameters)
+        norm = self.share.gradient_norm(parameters)
+        nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip or math.inf, norm)
+        return fetch_means(micro_batches, norm, numbers)
+
+    def _micro_batch(self, number: int) -> Mapping[str, Tensor]:
+        """Add the gradients of one micro-batch. Its random numbers are its own: the same on any number of processes."""
+        seed_all(self.run.seed, self.run.stage_index, number)
+        batch = self.batches[number].to(self.device)
+        with self.accelerator.autocast():
+            return self.stage.train_micro_batch(batch, self._backward)
+
+    def _backward(self, loss: Tensor) -> None:
+        # gradients are taken in the dtypes the forward chose; autocast is for forwards only
+        with torch.autocast(self.device.type, enabled=False):
+            self.accelerator.backward(loss)  # divides by the accumulation
+
+
+def _prepare(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> _Work:
+    share = _share(stage, run)
+    parameters = _trainable(stage, run, share)
+    device = next(iter(parameters.values())).device
+    accelerator = _accelerator(device, settings.mixed_precision, run.processes)
+    # set, not passed: `accelerate launch` overrides the argument through its environment
+    accelerator.gradient_accumulation_steps = stage.config.accumulation
+    optimizer = _adamw(parameters, stage.config.optimizer)
+    return _Work(stage, batches, run, share, parameters, accelerator, optimizer, device)
 
 
 def check_budget(config: StageConfig, stage_index: int) -> None:
@@ -134,10 +189,23 @@ def _check_batches(config: StageConfig, micro_batches: int, run: Run) -> None:
         )
 
 
-def _trainable(stage: Stage, run: Run) -> dict[str, nn.Parameter]:
-    parameters = dict(stage.trainable())
-    if not parameters:
+def _share(stage: Stage, run: Run) -> Share:
+    """What this process does of the stage. By layers where the run splits so and the stage's layers train alone."""
+    layers = stage.by_layer() if run.split == "layers" else {}
+    if not layers:
+        return Share(run.processes, (tuple(stage.trainable()),) * run.processes.count)
+    parts = share_of_layers(list(layers), run.processes, run.stage_index)
+    stage.take_layers(parts[run.processes.rank])
+    names = tuple(tuple(name for layer in part for name in layers[layer]) for part in parts)
+    return Share(run.processes, names, by_layers=True)
+
+
+def _trainable(stage: Stage, run: Run, share: Share) -> dict[str, nn.Parameter]:
+    """The parameters that this process trains."""
+    trained = stage.trainable()
+    if not trained:
         raise RunError(f"stage '{stage.name}' trains no parameter.", place=f"stages.{run.stage_index}")
+    parameters = {name: trained[name] for name in share.own}
     missing = [name for name, parameter in parameters.items() if run.student.get(name) is not parameter]
     assert not missing, f"trained but not part of the checkpoint: {missing[:5]}"
     for parameter in parameters.values():
@@ -146,7 +214,7 @@ def _trainable(stage: Stage, run: Run) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _accelerator(device: torch.device, mixed_precision: str, accumulation: int) -> Accelerator:
+def _accelerator(device: torch.device, mixed_precision: str, processes: Processes) -> Accelerator:
     """An accelerator for the device the student already lies on."""
     shared = AcceleratorState._shared_state
     if shared and (AcceleratorState().mixed_precision, AcceleratorState().device.type) != (
@@ -154,16 +222,14 @@ def _accelerator(device: torch.device, mixed_precision: str, accumulation: int) 
         device.type,
     ):
         # accelerate keeps one state a process and refuses another precision or device; a second stage may want one
-        AcceleratorState._reset_state(reset_partial_state=True)
+        AcceleratorState._reset_state(reset_partial_state=processes.count == 1)
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
-    if accelerator.distributed_type is not DistributedType.NO:
+    if accelerator.num_processes != processes.count or accelerator.distributed_type not in DISTRIBUTED:
         raise RunError(
-            f"launched on {accelerator.num_processes} processes ({accelerator.distributed_type}); "
-            "training runs on one device.",
-            remedy="Start without `accelerate launch`, or with `--num_processes 1`.",
+            f"launched as {accelerator.distributed_type} on {accelerator.num_processes} processes; this run has "
+            f"{processes.count}.",
+            remedy="Start with `accelerate launch` and a file of configs/launch/, or with torchrun.",
         )
-    # set, not passed: `accelerate launch` overrides the argument through its environment
-    accelerator.gradient_accumulation_steps = accumulation
     return accelerator
 
 
@@ -173,20 +239,17 @@ def _adamw(parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> t
     return torch.optim.AdamW(tensors, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused)
 
 
-def _begin(
-    stage: Stage, run: Run, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> RunState:
+def _begin(stage: Stage, run: Run, share: Share, optimizer: torch.optim.Optimizer) -> RunState:
     """Put everything where the stage starts or goes on: folder, weights, optimiser, random numbers, metrics.jsonl."""
-    device = next(iter(parameters.values())).device
+    device = next(iter(run.student.values())).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    remove_stale(run.out)
     checkpoint = run.checkpoint
+    run.processes.on_main(lambda: _tidy(run))
     if checkpoint is None:
-        if run.stage_index == 0:
-            refuse_used(run.out)
         seed_all(run.seed, run.stage_index)
-        run.metrics.truncate_after(run.stage_index, 0)
+        if run.processes.count > 1:
+            send_from(0, list(run.student.values()))  # the same seed gives the same start; another card may not
         return RunState(
             stage_index=run.stage_index,
             stage_name=stage.name,
@@ -199,33 +262,24 @@ def _begin(
     assert checkpoint.state.stage_index == run.stage_index, (checkpoint.state.stage_index, run.stage_index)
     check_same_run(checkpoint, recipe_hash=run.recipe_hash, corpus_fingerprint=run.corpus_fingerprint, seed=run.seed)
     trainer = read_trainer(checkpoint)
-    assert trainer["names"] == list(parameters), "the recipe is the same, so are the parameters it trains"
+    assert set(trainer["names"]) == set(stage.trainable()), "the recipe is the same, so are the parameters it trains"
     restore_student(checkpoint, run.student)
     # the moments come from the checkpoint, the settings from the recipe: another device may not be fused
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": trainer["optimizer"]["state"], "param_groups": settings})
+    settings, saved = optimizer.state_dict()["param_groups"], trainer["optimizer"]["state"]
+    places = {name: place for place, name in enumerate(trainer["names"])}
+    own = {index: saved[places[name]] for index, name in enumerate(share.own) if places[name] in saved}
+    optimizer.load_state_dict({"state": own, "param_groups": settings})
     set_rng_state(trainer["rng"])
-    run.metrics.truncate_after(run.stage_index, checkpoint.state.step)
-    return checkpoint.state.model_copy(update={"device": str(device)})
+    done = checkpoint.state.step * stage.config.accumulation  # other rows a micro-batch, on other processes
+    return checkpoint.state.model_copy(update={"device": str(device), "micro_batches": done})
 
 
-def _forward_backward(
-    stage: Stage, batches: Batches, first: int, accelerator: Accelerator, device: torch.device
-) -> tuple[list[Mapping[str, Tensor]], int]:
-    """Add up the gradients of one step's micro-batches, from number `first` on; their metrics, and their tokens."""
-
-    def backward(loss: Tensor) -> None:
-        # gradients are taken in the dtypes the forward chose; autocast is for forwards only
-        with torch.autocast(device.type, enabled=False):
-            accelerator.backward(loss)  # divides by the accumulation
-
-    metrics, tokens = [], 0
-    for index in range(first, first + accelerator.gradient_accumulation_steps):
-        batch = batches[index].to(device)
-        with accelerator.autocast():
-            metrics.append(stage.train_micro_batch(batch, backward))
-        tokens += batch.tokens
-    return metrics, tokens
+def _tidy(run: Run) -> None:
+    """Remove what a killed process left behind; refuse a folder that holds another run."""
+    remove_stale(run.out)
+    if run.checkpoint is None and run.stage_index == 0:
+        refuse_used(run.out)
+    run.metrics.truncate_after(run.stage_index, 0 if run.checkpoint is None else run.checkpoint.state.step)
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -235,14 +289,25 @@ def _optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
     optimizer.zero_grad(set_to_none=True)
 
 
-def _evaluate(settings: FitSettings, step: int, steps: int) -> dict[str, float]:
-    every = settings.eval_every_steps
-    if settings.evaluate is None or not (step == steps or (every and step % every == 0)):
+def _evaluate(settings: FitSettings, share: Share, run: Run, state: RunState) -> dict[str, float]:
+    """What is measured after the step that follows `state`. Every process measures: waiting for one takes as long."""
+    every, step = settings.eval_every_steps, state.step + 1
+    if settings.evaluate is None or not (step == state.steps or (every and step % every == 0)):
         return {}
+    share.exchange_weights(run.student)
     rng = get_rng_state()  # how often one evaluates must not change what is learnt
+    seed_all(run.seed, run.stage_index)
     found = settings.evaluate()
     set_rng_state(rng)
     return {f"eval/{name}": float(value) for name, value in found.items()}
+
+
+def _advanced(
+    state: RunState, config: StageConfig, seconds: float, metrics: Mapping[str, float], skipped: bool
+) -> RunState:
+    """The state one step later."""
+    tokens = config.length * config.batch
+    return state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics), skipped)
 
 
 def _record(state: RunState, seconds: float, throughput: Throughput) -> dict[str, object]:
@@ -251,9 +316,10 @@ def _record(state: RunState, seconds: float, throughput: Throughput) -> dict[str
     return place | state.metrics | {"seconds": seconds, "tokens_per_second": throughput.tokens_per_second}
 
 
-def _interrupted(state: RunState, received: signal.Signals, saved: Path) -> RunInterrupted:
+def _interrupted(state: RunState, received: list[signal.Signals], saved: Path) -> RunInterrupted:
+    by = received[0].name if received else "another process"
     return RunInterrupted(
-        f"stopped by {received.name} after step {state.step} of {state.steps} of stage {state.stage_index} "
+        f"stopped by {by} after step {state.step} of {state.steps} of stage {state.stage_index} "
         f"({state.stage_name}); saved {saved}. Go on with the same command and `--resume`."
     )
 

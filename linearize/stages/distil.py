@@ -6,7 +6,7 @@ base weights, it is the frozen copy that was made before the first of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -81,6 +81,12 @@ class Distil:
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
+
+    def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
+        return {}
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        raise AssertionError("layers train together")
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         with torch.no_grad(), lora_off(self.graft.model), self.graft.as_teacher() as teacher:

@@ -8,7 +8,8 @@ Shape legend in mixers/base.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -134,6 +135,10 @@ class TransferConfig(StageConfig):
             )
         return self
 
+    @property
+    def layers_train_alone(self) -> bool:
+        return True
+
     def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
         fitting = [name for name, objective in OBJECTIVES.items() if mixer.rows in objective.rows]
         asked = [name for name, weight in self.objective.items() if weight > 0]
@@ -143,6 +148,10 @@ class TransferConfig(StageConfig):
         return {"objective": f"{'; '.join(wrong)}; this mixer has none. It can have: {', '.join(fitting)}"}
 
 
+class _Enough(Exception):
+    """Ends the teacher's pass behind the last layer that this process trains."""
+
+
 class Transfer:
     """Trains student layers one by one; the loss is the mean over layers."""
 
@@ -150,14 +159,30 @@ class Transfer:
 
     def __init__(self, config: TransferConfig, graft: Graft) -> None:
         self.config, self.graft = config, graft
+        self.taken = frozenset(graft.students)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
+
+    def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
+        trained = self.trainable()
+        inside = {
+            layer: {id(parameter) for parameter in student.parameters()}
+            for layer, student in self.graft.students.items()
+        }
+        return {
+            layer: {name: parameter for name, parameter in trained.items() if id(parameter) in ours}
+            for layer, ours in inside.items()
+        }
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        self.taken = frozenset(layers)
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         losses: list[Tensor] = []
         errors: dict[str, Tensor] = {}
         layers = len(self.graft.students)
+        last = max(self.taken) if len(self.taken) < layers else None
 
         def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
             with torch.enable_grad():
@@ -166,18 +191,20 @@ class Transfer:
                 backward(loss / layers)
             losses.append(loss.detach())
             errors[f"error/layer_{teacher.layer_idx:02d}"] = answers.error.detach()
+            if teacher.layer_idx == last:
+                raise _Enough
 
-        observed = self.graft.observed.students.values()
+        observed = [student for layer, student in self.graft.observed.students.items() if layer in self.taken]
         try:
             for teacher in observed:
                 teacher.observer = observe
-            with torch.no_grad(), self.graft.as_teacher() as model:
+            with suppress(_Enough), torch.no_grad(), self.graft.as_teacher() as model:
                 run_trunk(model, batch)
         finally:
             for teacher in observed:
                 teacher.observer = None
-        mean_error = torch.stack(list(errors.values())).mean()
-        return {"loss": torch.stack(losses).mean(), "error": mean_error, **errors}
+        mean_error = torch.stack(list(errors.values())).sum() / layers
+        return {"loss": torch.stack(losses).sum() / layers, "error": mean_error, **errors}
 
     def _answers(self, teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> LayerAnswers:
         """The student layer on the teacher layer's input, through its own projections where they may differ."""
