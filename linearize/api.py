@@ -38,6 +38,7 @@ def convert(
     keep: int = 2,
     save_every: float = 120.0,
     split: str | None = None,
+    track: Sequence[str] = (),
     quiet: bool = False,
 ) -> "Converted":
     """Convert a teacher into a linear-attention student and measure both.
@@ -58,6 +59,7 @@ def convert(
         keep: how many checkpoints stay.
         save_every: seconds between checkpoints, at most.
         split: how the processes of `accelerate launch` or torchrun share the work: `"data"`, `"layers"` or `"fsdp"`.
+        track: of `"tensorboard"`, `"wandb"` and `"trackio"`; offline unless the environment says otherwise.
         quiet: print nothing.
 
     Raises:
@@ -84,6 +86,7 @@ def convert(
         keep=keep,
         save_every=save_every,
         split=split,
+        track=tuple(track),
     )
     return run_conversion(job, Console(stderr=True, quiet=quiet))
 

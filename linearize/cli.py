@@ -73,6 +73,10 @@ def convert(
         str | None,
         typer.Option(help="How several processes share the work: data, layers (in transfer) or fsdp. Default: data."),
     ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Follow the run in tensorboard, wandb or trackio, offline by default; may be repeated."),
+    ] = None,
 ) -> None:
     """Convert a teacher into a student, train it, write it, and measure both.
 
@@ -98,6 +102,7 @@ def convert(
         keep,
         save_every,
         split,
+        tuple(track or ()),
     )
     out_console.print(conversion_report(run_conversion(job, log_console)))
 

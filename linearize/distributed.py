@@ -105,12 +105,12 @@ def start_processes(device: str | None) -> Processes:
     cuda = torch.cuda.is_available() and device != "cpu"
     if device not in (None, "cpu", "cuda"):
         raise RunError(
-            f"'{device}' is one device for {count} processes", place="--device", remedy="Leave it out, or give cuda."
+            f"'{device}' is one device for {count} processes.", place="--device", remedy="Leave it out, or give cuda."
         )
     here = int(os.environ.get("LOCAL_WORLD_SIZE", count))
     if cuda and here > torch.cuda.device_count():
         raise RunError(
-            f"{here} processes were started on a machine with {torch.cuda.device_count()} GPUs",
+            f"{here} processes were started on a machine with {torch.cuda.device_count()} GPUs.",
             remedy="Start as many processes as there are GPUs, or give `--device cpu`.",
         )
     state = PartialState(cpu=not cuda)
@@ -130,7 +130,7 @@ def choose_split(asked: str | None, stages: Sequence[StageConfig], processes: Pr
         raise RunError(f"'{split}' is no way to split a run ({known})", place="--split")
     if split != "data" and processes.count == 1:
         raise RunError(
-            f"'{split}' needs more than one process",
+            f"'{split}' needs more than one process.",
             place="--split",
             remedy="Start with `accelerate launch --config_file configs/launch/….yaml -m linearize.cli convert …`.",
         )
@@ -138,7 +138,7 @@ def choose_split(asked: str | None, stages: Sequence[StageConfig], processes: Pr
     if split == "fsdp" and trains:
         raise RunError(
             f"'fsdp' shards base weights that stay frozen, but stages.{trains[0]} trains some "
-            f"({', '.join(stages[trains[0]].train)})",
+            f"({', '.join(stages[trains[0]].train)}).",
             place="--split",
             remedy="Use `--split data`, or train mixers and lora.",
         )
@@ -155,7 +155,7 @@ def check_agreement(processes: Processes, what: str, value: object) -> None:
     found = processes.gather(value)
     if len(set(found)) > 1:
         raise RunError(
-            f"the processes read different {what}: {', '.join(map(str, dict.fromkeys(found)))}",
+            f"the processes read different {what}: {', '.join(map(str, dict.fromkeys(found)))}.",
             remedy="Give all machines the same files.",
         )
 
@@ -171,7 +171,7 @@ def shared_micro_batch(config: StageConfig, count: int, stage_index: int) -> int
     if not fitting:
         possible = [number for number in range(1, config.batch + 1) if config.batch % number == 0]
         raise RunError(
-            f"a batch of {config.batch} rows cannot be shared by {count} processes",
+            f"a batch of {config.batch} rows cannot be shared by {count} processes.",
             place=f"stages.{stage_index}",
             remedy=f"Start {', '.join(map(str, possible))} processes, or give a multiple of {count} with "
             f"`--set stages.{stage_index}.batch=`.",
@@ -215,7 +215,7 @@ def share_of_layers(layers: Sequence[int], processes: Processes, stage_index: in
     """
     if len(layers) < processes.count:
         raise RunError(
-            f"{len(layers)} student layers cannot be split over {processes.count} processes",
+            f"{len(layers)} student layers cannot be split over {processes.count} processes.",
             place=f"stages.{stage_index}",
             remedy=f"Start at most {len(layers)} processes, or use `--split data`.",
         )

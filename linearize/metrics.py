@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,11 +31,11 @@ TIMING_FIELDS = ("seconds", "tokens_per_second")
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, flushed as it is written, with at least `stage` and `step`.
 
-    Use as a context manager, or call `close`.
+    Use as a context manager, or call `close`. Every record that was written is also given to `also`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, also: Callable[[Mapping[str, Any]], None] = lambda record: None) -> None:
+        self.path, self._also = path, also
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
@@ -52,6 +52,7 @@ class MetricsLog:
         assert {"stage", "step"} <= record.keys(), record
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        self._also(record)
 
     def sync(self) -> None:
         """Bring all records to the disk; done before each checkpoint, so that no checkpoint is ahead of this file."""

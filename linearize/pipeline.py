@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from linearize.adapters import lora_parameters
 from linearize.card import CardFacts, model_card
 from linearize.checkpoint import load_latest, restore_student, seed_all
 from linearize.data import Corpus, PackedRows, build_corpus, default_documents, heldout_from, open_documents
@@ -37,9 +37,10 @@ from linearize.metrics import MetricsLog, Progress
 from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, share_run_folder, write_json
-from linearize.stages import Stage, build_stage, check_stages
+from linearize.stages import Stage, build_stage, check_stages, student_parameters
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
+from linearize.trackers import check_trackers, track_run
 from linearize.train import FitSettings, Run, check_budget, fit
 
 POOLED = "held-out"
@@ -77,6 +78,7 @@ class Conversion:
     keep: int = 2  # checkpoints
     save_every: float = 120.0  # seconds, at most, between checkpoints
     split: str | None = None  # over processes: see SPLITS
+    track: Sequence[str] = ()  # see TRACKERS
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     recipe = load_recipe(job.recipe, job.overrides, job.tokens)
     for index, stage in enumerate(recipe.stages):
         check_budget(stage, index)
+    check_trackers(job.track)
     processes = start_processes(job.device)
     split = choose_split(job.split, recipe.stages, processes)
     console = (console or Console(stderr=True)) if processes.main else Console(quiet=True)
@@ -153,7 +156,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         settings = FitSettings(MIXED[machine.precision], None, job.save_every, job.keep, evaluate=evaluate)
         if split == "fsdp":
             shard_base(grafted, machine.device, processes)
-        stages = _train(grafted, shared, corpus, settings, (folder, facts["recipe_hash"], split), console)
+        stages = _train(grafted, shared, corpus, settings, _Training(folder, recipe, split, tuple(job.track)), console)
 
         def finish() -> Converted:
             student = _whole_student(job, recipe, teacher, folder) if split == "fsdp" else grafted
@@ -234,6 +237,7 @@ def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, 
         "seed": recipe.seed,
         "versions": versions(),
         "command": _command(job),
+        "id": uuid4().hex[:12],
     }
 
 
@@ -260,20 +264,33 @@ def _graft(model: PreTrainedModel, plan: tuple[Swap, ...], recipe: Recipe, job: 
     return grafted
 
 
+@dataclass(frozen=True)
+class _Training:
+    """Where a run is written and followed, and how its work is shared. `recipe` is the one that was asked for."""
+
+    folder: RunFolder
+    recipe: Recipe
+    split: Split
+    track: tuple[str, ...]
+
+
 def _train(
     grafted: Graft,
     recipe: Recipe,
     corpus: Corpus,
     settings: FitSettings,
-    run_of: tuple[RunFolder, str, Split],
+    training: _Training,
     console: Console,
 ) -> list[dict[str, Any]]:
     """Run every stage, or what is left of them; what each came to."""
-    folder, recipe_hash, split = run_of
+    folder = training.folder
     checkpoint = folder.processes.on_main(lambda: load_latest(folder.run))
     first = 0 if checkpoint is None else checkpoint.state.stage_index
     built: list[Stage] = []
-    with MetricsLog(folder.run / "metrics.jsonl") as metrics:
+    with (
+        track_run(training.track, folder, training.recipe, checkpoint) as log,
+        MetricsLog(folder.run / "metrics.jsonl", also=log) as metrics,
+    ):
         for index, config in enumerate(recipe.stages):
             stage = _build_stage(recipe, index, grafted)
             built.append(stage)
@@ -288,10 +305,10 @@ def _train(
                 metrics=metrics,
                 progress=Progress(console),
                 seed=recipe.seed,
-                recipe_hash=recipe_hash,
+                recipe_hash=training.recipe.digest(),
                 corpus_fingerprint=corpus.fingerprint,
                 processes=folder.processes,
-                split=split,
+                split=training.split,
             )
             every = max(FEW_STEPS, config.steps // recipe.evaluations)
             result = fit(stage, _batches(corpus, recipe, index), run, replace(settings, eval_every_steps=every))
@@ -317,14 +334,6 @@ def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: Ru
     assert checkpoint is not None
     restore_student(checkpoint, student_parameters(grafted, stages))
     return grafted
-
-
-def student_parameters(grafted: Graft, stages: Iterable[Stage]) -> dict[str, torch.nn.Parameter]:
-    """All in which a student differs from its teacher once these stages have begun: what checkpoints hold."""
-    found = {**grafted.mixer_parameters(), **lora_parameters(grafted.model)}
-    for stage in stages:
-        found |= stage.trainable()
-    return found
 
 
 def _batches(corpus: Corpus, recipe: Recipe, index: int) -> PackedRows:
