@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
+from linearize.adapters import lora_parameters
 from linearize.errors import MainFailed, RunError
 from linearize.stages.base import StageConfig
 from linearize.surgery import Graft, trunk_of
@@ -252,14 +253,14 @@ def send_from(rank: int, tensors: Sequence[Tensor]) -> None:
 def shard_base(graft: Graft, device: torch.device, processes: Processes) -> None:
     """Shard the frozen weights of every decoder layer (FSDP2); mixers, embeddings, last norm and head stay whole.
 
-    A layer's weights are gathered while it computes. Adapters that come later are not sharded either: what trains is
-    small, and its gradients are exchanged like everywhere else.
+    A layer's weights are gathered while it computes. Adapters stay whole too, also those that come later: what trains
+    is small, and its gradients are exchanged like everywhere else.
     """
     trunk = trunk_of(graft.model)
     mesh = init_device_mesh(device.type, (processes.count,))
-    mixers = set(graft.mixer_parameters().values())
+    small = {*graft.mixer_parameters().values(), *lora_parameters(graft.model).values()}
     for layer in graft.layers():
-        fully_shard(layer, mesh=mesh, ignored_params=mixers)
+        fully_shard(layer, mesh=mesh, ignored_params=small)
     fully_shard(trunk, mesh=mesh, ignored_params=set(trunk.parameters()))
 
 
