@@ -155,7 +155,7 @@ def exchanging(grafted: Graft, config: StageConfig, processes: Processes, split:
         name = event.key.lower()
         if name.startswith("nccldev" if cuda else "gloo:") and any(word in name for word in EXCHANGES):
             total += event.self_device_time_total if cuda else event.self_cpu_time_total
-    return total / 1e6 / sum(seconds)
+    return total / 1e6 / sum(seconds) if processes.main else 0.0  # who alone writes metrics.jsonl
 
 
 def work(options: argparse.Namespace) -> None:
