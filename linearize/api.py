@@ -37,6 +37,10 @@ def convert(
     quantize: str | None = None,
     targets: str | Path | None = None,
     compile: bool = False,
+    keep: int = 2,
+    save_every: float = 120.0,
+    split: str | None = None,
+    track: Sequence[str] = (),
     quiet: bool = False,
 ) -> "Converted":
     """Convert a teacher into a linear-attention student and measure both.
@@ -57,6 +61,10 @@ def convert(
         quantize: load the teacher's weights in `"4bit"` or `"8bit"` (needs bitsandbytes).
         targets: folder of cached teacher targets, for stages with `top_k`; see `linearize cache-targets`.
         compile: compile the mixers for training; faster on many GPUs.
+        keep: how many checkpoints stay.
+        save_every: seconds between checkpoints, at most.
+        split: how the processes of `accelerate launch` or torchrun share the work: `"data"`, `"layers"` or `"fsdp"`.
+        track: of `"tensorboard"`, `"wandb"` and `"trackio"`; offline unless the environment says otherwise.
         quiet: print nothing.
 
     Raises:
@@ -82,6 +90,10 @@ def convert(
         quantize=quantize,
         targets=targets,
         compile=compile,
+        keep=keep,
+        save_every=save_every,
+        split=split,
+        track=tuple(track),
     )
     return run_conversion(job, Console(stderr=True, quiet=quiet))
 

@@ -68,7 +68,8 @@ class RunState(Config):
     """Where a run stands: the content of `state.json`.
 
     `step`, `micro_batches`, `tokens` and `seconds` (training only) count from the start of the stage; `metrics` is the
-    last record of the stage in `metrics.jsonl`.
+    last record of the stage in `metrics.jsonl`. `skipped` counts the last steps in a row whose loss or gradient was not
+    finite.
     """
 
     format: Literal[1] = 1
@@ -79,6 +80,7 @@ class RunState(Config):
     micro_batches: int = Field(default=0, ge=0)
     tokens: int = Field(default=0, ge=0)
     seconds: float = Field(default=0.0, ge=0)
+    skipped: int = Field(default=0, ge=0)
     seed: int
     recipe_hash: str
     corpus_fingerprint: str
@@ -91,7 +93,9 @@ class RunState(Config):
         """Whether the stage has taken all of its steps."""
         return self.step >= self.steps
 
-    def advanced(self, micro_batches: int, tokens: int, seconds: float, metrics: dict[str, float | None]) -> "RunState":
+    def advanced(
+        self, micro_batches: int, tokens: int, seconds: float, metrics: dict[str, float | None], skipped: bool
+    ) -> "RunState":
         """The state one step later."""
         return self.model_copy(
             update={
@@ -100,6 +104,7 @@ class RunState(Config):
                 "tokens": self.tokens + tokens,
                 "seconds": self.seconds + seconds,
                 "metrics": metrics,
+                "skipped": self.skipped + 1 if skipped else 0,
             }
         )
 
@@ -112,9 +117,10 @@ class Checkpoint:
     state: RunState
 
 
-def seed_all(seed: int, stage_index: int) -> None:
-    """Seed python, numpy and torch (all devices) for one stage of a run."""
-    word = int(np.random.SeedSequence([seed, stage_index]).generate_state(1)[0])
+def seed_all(seed: int, stage_index: int, micro_batch: int | None = None) -> None:
+    """Seed python, numpy and torch (all devices) for one stage of a run, or for one of its micro-batches."""
+    words = [seed, stage_index] if micro_batch is None else [seed, stage_index, micro_batch]
+    word = int(np.random.SeedSequence(words).generate_state(1)[0])
     random.seed(word)
     np.random.seed(word)
     torch.manual_seed(word)

@@ -25,9 +25,10 @@ from linearize.commands.options import (
     TextFieldOption,
     TokensOption,
     log_console,
+    loud_console,
     out_console,
 )
-from linearize.errors import LinearizeError, RunInterrupted, UnknownFamilyError
+from linearize.errors import LinearizeError, MainFailed, RunInterrupted, UnknownFamilyError
 
 USER_ERROR, INTERRUPTED = 2, 130
 
@@ -87,6 +88,16 @@ def convert(
         bool,
         typer.Option("--stream-layers", help="Keep frozen layers in host memory, on the GPU only while they compute."),
     ] = False,
+    keep: Annotated[int, typer.Option(min=1, help="How many checkpoints stay.")] = 2,
+    save_every: Annotated[float, typer.Option(min=0.0, help="Seconds between checkpoints, at most.")] = 120.0,
+    split: Annotated[
+        str | None,
+        typer.Option(help="How several processes share the work: data, layers (in transfer) or fsdp. Default: data."),
+    ] = None,
+    track: Annotated[
+        list[str] | None,
+        typer.Option(help="Follow the run in tensorboard, wandb or trackio, offline by default; may be repeated."),
+    ] = None,
     push: Annotated[str | None, typer.Option(help="owner/name on the Hub: upload the student when it is done.")] = None,
     private: hub.PrivateOption = None,
     accept_license: hub.AcceptLicenseOption = False,
@@ -116,6 +127,10 @@ def convert(
         targets_folder,
         compile_mixers,
         stream_layers,
+        keep,
+        save_every,
+        split,
+        tuple(track or ()),
     )
     if push is not None:
         hub.check(push)
@@ -220,15 +235,19 @@ def _options(
     version: Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True)] = False,
 ) -> None:
     handler = RichHandler(console=log_console, show_path=False, show_time=False)
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[handler])
+    logging.basicConfig(
+        level=logging.ERROR if log_console.quiet else logging.WARNING, format="%(message)s", handlers=[handler]
+    )
 
 
 def main() -> int:
     """Entry point: a user's error is one paragraph and exit code 2; an interrupted run says how to go on."""
     try:
         app()
+    except MainFailed:
+        return USER_ERROR  # the main process has said why
     except LinearizeError as error:
-        log_console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False)
+        loud_console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False)
         return USER_ERROR
     except OSError as error:
         if error.errno != errno.ENOSPC:

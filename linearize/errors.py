@@ -57,6 +57,10 @@ class NonFiniteLossError(RunError):
     """The loss became NaN or infinite; training stopped before the optimiser step."""
 
 
+class MainFailed(RunError):
+    """What the main process said before it failed; the others end silently."""
+
+
 class RunInterrupted(Exception):
     """The user stopped the run; a checkpoint was saved first. Not an error: the message says how to go on."""
 

@@ -44,8 +44,8 @@ class Machine:
 def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"]) -> Machine:
     """Pick the device (CUDA when there is one) and the precision.
 
-    `auto` means bf16 on a GPU that has it (and tf32 for fp32 products in this process), and on a CPU where a short
-    measurement finds bf16 matrix products faster.
+    `auto` means bf16 on a GPU that has it, and on a CPU where a short measurement finds bf16 matrix products faster.
+    With bf16 on a GPU, fp32 products are tf32 in this process.
 
     Raises:
         RunError: for a device that is not there.
@@ -58,11 +58,14 @@ def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"
         raise RunError(f"'{wanted}' is no usable device: {str(error).splitlines()[0]}", place="--device") from None
     if chosen.type not in ("cpu", "cuda"):
         raise RunError(f"'{chosen.type}' is not supported; use cpu or cuda", place="--device")
+    on_gpu = chosen.type == "cuda"
+    if on_gpu and precision != "fp32" and torch.cuda.is_bf16_supported():
+        # the mixers' fp32 products: tf32, still finer than bf16; a resumed run asks for the bf16 it began with
+        torch.set_float32_matmul_precision("high")
     if precision != "auto":
         return Machine(chosen, precision, "as asked")
-    if chosen.type == "cuda":
+    if on_gpu:
         if torch.cuda.is_bf16_supported():
-            torch.set_float32_matmul_precision("high")  # the mixers' fp32 products: tf32, still finer than bf16
             return Machine(chosen, "bf16", "the GPU computes in bf16")
         return Machine(chosen, "fp32", "this GPU has no bf16")
     gain = _bf16_gain()

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -31,11 +31,11 @@ TIMING_FIELDS = ("seconds", "tokens_per_second")
 class MetricsLog:
     """`metrics.jsonl`: one JSON object a line, flushed as it is written, with at least `stage` and `step`.
 
-    Use as a context manager, or call `close`.
+    Use as a context manager, or call `close`. Every record that was written is also given to `also`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, also: Callable[[Mapping[str, Any]], None] = lambda record: None) -> None:
+        self.path, self._also = path, also
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115  closed by close()
 
@@ -52,6 +52,7 @@ class MetricsLog:
         assert {"stage", "step"} <= record.keys(), record
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
+        self._also(record)
 
     def sync(self) -> None:
         """Bring all records to the disk; done before each checkpoint, so that no checkpoint is ahead of this file."""
@@ -84,14 +85,14 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def fetch_means(
-    micro_batches: list[Mapping[str, Tensor]], grad_norm: Tensor, first: int
+    micro_batches: list[Mapping[str, Tensor]], grad_norm: Tensor, numbers: range
 ) -> tuple[dict[str, float], str | None]:
     """Bring a step's numbers to the CPU, in one copy.
 
     Args:
         micro_batches: the scalar metrics of each micro-batch, `loss` among them.
         grad_norm: scalar; where all numbers are gathered.
-        first: number of the first micro-batch within the stage.
+        numbers: of the micro-batches within the stage.
 
     Returns:
         The means over the micro-batches and `grad_norm`; and which loss or norm is not finite, in words, or None.
@@ -100,15 +101,13 @@ def fetch_means(
     tensors = [value for metrics in micro_batches for value in metrics.values()] + [grad_norm]
     flat = torch.stack([tensor.detach().to(device, torch.float32) for tensor in tensors]).tolist()
     norm = flat.pop()
-    numbers = iter(flat)
-    fetched = [{name: next(numbers) for name in metrics} for metrics in micro_batches]
+    values = iter(flat)
+    fetched = [{name: next(values) for name in metrics} for metrics in micro_batches]
     means = {name: sum(metrics[name] for metrics in fetched) / len(fetched) for name in fetched[0]}
-    fault = (
-        None if math.isfinite(norm) else f"micro-batches {first} to {first + len(fetched) - 1}: gradient norm {norm}"
-    )
-    for index, metrics in reversed(list(enumerate(fetched, first))):
+    fault = None if math.isfinite(norm) else f"micro-batches {numbers[0]} to {numbers[-1]}: gradient norm {norm}"
+    for number, metrics in reversed(list(zip(numbers, fetched, strict=True))):
         if not math.isfinite(metrics["loss"]):
-            fault = f"micro-batch {index}: loss {metrics['loss']}"
+            fault = f"micro-batch {number}: loss {metrics['loss']}"
     return means | {"grad_norm": norm}, fault
 
 

@@ -4,24 +4,33 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
+from uuid import uuid4
 
 import numpy as np
 import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from linearize.adapters import lora_parameters
 from linearize.caching import Targets, check_targets, targets_of
 from linearize.card import model_card
-from linearize.checkpoint import load_latest, seed_all
+from linearize.checkpoint import load_latest, restore_student, seed_all
 from linearize.data import Budget, Corpus, choose_sources, heldout_from, load_corpus, scheduled_rows
 from linearize.data.overlap import measure_overlap
+from linearize.distributed import (
+    Split,
+    check_agreement,
+    choose_split,
+    shard_base,
+    share_rows,
+    sharing,
+    start_processes,
+)
 from linearize.errors import DataError, RunError
 from linearize.evals.perplexity import Autocast, perplexity
 from linearize.evals.samples import PROMPT, Sampling, generate_texts
@@ -31,12 +40,13 @@ from linearize.metrics import MetricsLog, Progress
 from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.report import write_report
-from linearize.run_folder import RunFolder, open_run_folder, write_json
-from linearize.stages import Stage, build_stage, check_stages, refuse_base_training
+from linearize.run_folder import RunFolder, share_run_folder, write_json
+from linearize.stages import Stage, build_stage, check_stages, refuse_base_training, student_parameters
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
+from linearize.trackers import check_trackers, track_run
 from linearize.train import Batches, FitSettings, Run, check_budget, fit
 
 POOLED = "held-out"
@@ -74,6 +84,10 @@ class Conversion:
     targets: str | Path | None = None  # folder of cached teacher targets
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
     stream_layers: bool = False  # frozen weights of a decoder layer are on the device only while it computes
+    keep: int = 2  # checkpoints
+    save_every: float = 120.0  # seconds, at most, between checkpoints
+    split: str | None = None  # over processes: see SPLITS
+    track: Sequence[str] = ()  # see TRACKERS
 
 
 @dataclass(frozen=True)
@@ -108,11 +122,12 @@ class Converted:
 def convert(job: Conversion, console: Console | None = None) -> Converted:
     """Convert a teacher into a linear-attention student.
 
+    Under accelerate or torchrun, every process calls this and gets the same result; the main one writes and speaks.
+
     Raises:
         LinearizeError: for all that the user can mend: a name, a recipe, text, a folder, a full disk, a diverged run.
         RunInterrupted: after SIGINT or SIGTERM; a checkpoint was saved.
     """
-    console = console or Console(stderr=True)
     recipe = load_recipe(job.recipe, job.overrides, job.tokens)
     for index, stage in enumerate(recipe.stages):
         check_budget(stage, index)
@@ -120,10 +135,14 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         check_targets(recipe)
     if job.quantize is not None:
         refuse_base_training(recipe.stages)
-    with open_run_folder(job.out, resume=job.resume, overwrite=job.overwrite) as folder:
+    check_trackers(job.track)
+    processes = start_processes(job.device)
+    split = choose_split(job.split, recipe.stages, processes)
+    console = (console or Console(stderr=True)) if processes.main else Console(quiet=True)
+    with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         machine = _machine(job, recipe, folder)
         console.print(f"Computing on {machine.name} in {machine.precision}: {machine.why}.", highlight=False)
-        stream = _check_stream(job, recipe)
+        stream = _check_stream(job, recipe, split)
         device = torch.device("cpu") if stream else machine.device
         teacher = load_teacher(job.model, dtype=machine.dtype, device=device, quantize=job.quantize)
         console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
@@ -132,14 +151,16 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         aside = _separate_heldout(job, recipe, teacher)
         corpus = _corpus(job, recipe, teacher, aside, console)
         heldout, length = _heldout(recipe, corpus, aside)
-        targets = _targets(job, recipe, machine, teacher, corpus)
-        facts = _facts(job, recipe, machine, teacher, corpus)
+        check_agreement(processes, "text", corpus.fingerprint)
+        rows = share_rows(recipe.stages, folder.facts().get("micro_batches"), split, processes, console)
+        shared = recipe.model_copy(update={"stages": rows})
+        targets = _targets(job, shared, machine, teacher, corpus)
+        facts = _facts(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
         facts["overlap"] = _overlap(corpus, heldout, teacher, console)
         folder.begin(facts)
 
         streamed = stream_layers(teacher.model, machine.device) if stream else None
         before = Measured(**folder.once("teacher", lambda: asdict(_measure(teacher.model, teacher, heldout, length))))
-        seed_all(recipe.seed, len(recipe.stages))  # mixers that start at random start the same in every run
         grafted = replace(_graft(teacher.model, plan, recipe, job), stream=streamed)
         second = "" if grafted.teacher is None else " Base weights will train: the teacher is a second copy."
         console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.{second}", highlight=False)
@@ -151,26 +172,35 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         def evaluate() -> dict[str, float]:
             return {**measure(), **monitor()}
 
-        settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision])
-        stages = _train(grafted, recipe, corpus, targets, settings, folder, console)
+        settings = FitSettings(MIXED[machine.precision], None, job.save_every, job.keep, evaluate=evaluate)
+        if split == "fsdp":
+            shard_base(grafted, machine.device, processes)
+        training = _Training(folder, recipe, split, tuple(job.track), targets)
+        stages = _train(grafted, shared, corpus, settings, training, console)
 
-        grafted.leave_device()
-        export_student(grafted, teacher.tokenizer, recipe, folder.student)
-        reloaded = load_student(folder.student, device=str(machine.device))
-        after = _measure(reloaded, teacher, heldout, length)
-        result = Converted(folder.student, length, before, untrained, stages, after)
-        _document(recipe, facts, result, folder)
-        console.print(f"Report: {write_report([folder.student], images=False)}", highlight=False, soft_wrap=True)
-    return result
+        def finish() -> Converted:
+            student = _whole_student(job, recipe, teacher, folder) if split == "fsdp" else grafted
+            student.leave_device()
+            export_student(student, teacher.tokenizer, recipe, folder.student)
+            reloaded = load_student(folder.student, device=str(machine.device))
+            after = _measure(reloaded, teacher, heldout, length)
+            result = Converted(folder.student, length, before, untrained, stages, after)
+            _document(recipe, facts, result, folder)
+            console.print(f"Report: {write_report([folder.student], images=False)}", highlight=False, soft_wrap=True)
+            return result
+
+        return processes.on_main(finish)
 
 
 def _machine(job: Conversion, recipe: Recipe, folder: RunFolder) -> Machine:
-    """The machine; a resumed run keeps the precision it began with."""
+    """The machine; a resumed run keeps the precision it began with, and processes have the main one's."""
     began = folder.facts().get("precision")
-    return choose_machine(job.device, began or recipe.precision)
+    machine = choose_machine(job.device, began or recipe.precision)
+    precision, why = folder.processes.on_main(lambda: (machine.precision, machine.why))
+    return replace(machine, precision=precision, why=why)
 
 
-def _check_stream(job: Conversion, recipe: Recipe) -> bool:
+def _check_stream(job: Conversion, recipe: Recipe, split: Split) -> bool:
     """Whether layers are streamed.
 
     Raises:
@@ -187,6 +217,12 @@ def _check_stream(job: Conversion, recipe: Recipe) -> bool:
             "quantised weights stay where they were quantised",
             place="--stream-layers",
             remedy="Leave it out, or leave out --quantize.",
+        )
+    if job.stream_layers and split == "fsdp":
+        raise RunError(
+            "processes that shard the layers do not keep them in host memory too",
+            place="--stream-layers",
+            remedy="Leave it out, or use `--split data`.",
         )
     return job.stream_layers
 
@@ -302,6 +338,7 @@ def _facts(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, 
         "seed": recipe.seed,
         "versions": versions(),
         "command": _command(job),
+        "id": uuid4().hex[:12],
     }
 
 
@@ -330,6 +367,7 @@ def _command(job: Conversion) -> str:
 
 def _graft(model: PreTrainedModel, plan: tuple[Swap, ...], recipe: Recipe, job: Conversion) -> Graft:
     """The graft, with what its recipe's stages and this job ask of it."""
+    seed_all(recipe.seed, len(recipe.stages))  # mixers that start at random start the same in every run
     grafted = graft(model, plan)
     if recipe.needs_frozen_teacher:
         grafted = with_frozen_teacher(grafted)
@@ -338,24 +376,39 @@ def _graft(model: PreTrainedModel, plan: tuple[Swap, ...], recipe: Recipe, job: 
     return grafted
 
 
-# More parameters than the style allows: they are all that training meets, each a thing of its own.
+@dataclass(frozen=True)
+class _Training:
+    """Where a run is written and followed, how its work is shared, and what of the teacher was cached.
+
+    `recipe` is the one that was asked for.
+    """
+
+    folder: RunFolder
+    recipe: Recipe
+    split: Split
+    track: tuple[str, ...]
+    targets: Targets | None
+
+
 def _train(
     grafted: Graft,
     recipe: Recipe,
     corpus: Corpus,
-    targets: Targets | None,
     settings: FitSettings,
-    folder: RunFolder,
+    training: _Training,
     console: Console,
 ) -> list[dict[str, Any]]:
     """Run every stage, or what is left of them; what each came to."""
-    checkpoint = load_latest(folder.run)
+    folder = training.folder
+    checkpoint = folder.processes.on_main(lambda: load_latest(folder.run))
     first = 0 if checkpoint is None else checkpoint.state.stage_index
     built: list[Stage] = []
-    with MetricsLog(folder.run / "metrics.jsonl") as metrics:
+    with (
+        track_run(training.track, folder, training.recipe, checkpoint) as log,
+        MetricsLog(folder.run / "metrics.jsonl", also=log) as metrics,
+    ):
         for index, config in enumerate(recipe.stages):
-            seed_all(recipe.seed, len(recipe.stages) + 1 + index)  # adapters that start at random, likewise
-            stage = build_stage(config, grafted)
+            stage = _build_stage(recipe, index, grafted)
             built.append(stage)
             if index < first:
                 continue
@@ -368,12 +421,14 @@ def _train(
                 metrics=metrics,
                 progress=Progress(console),
                 seed=recipe.seed,
-                recipe_hash=recipe.digest(),
+                recipe_hash=training.recipe.digest(),
                 corpus_fingerprint=corpus.fingerprint,
+                processes=folder.processes,
+                split=training.split,
             )
             batches = _batches(corpus, recipe, index)
-            if targets is not None:
-                batches = targets.read(stage, index, batches)
+            if training.targets is not None:
+                batches = training.targets.read(stage, index, batches)
             every = max(FEW_STEPS, config.steps // recipe.evaluations)
             result = fit(stage, batches, run, replace(settings, eval_every_steps=every))
             folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})
@@ -381,12 +436,24 @@ def _train(
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
 
 
-def student_parameters(grafted: Graft, stages: Iterable[Stage]) -> dict[str, torch.nn.Parameter]:
-    """All in which a student differs from its teacher once these stages have begun: what checkpoints hold."""
-    found = {**grafted.mixer_parameters(), **lora_parameters(grafted.model)}
-    for stage in stages:
-        found |= stage.trainable()
-    return found
+def _build_stage(recipe: Recipe, index: int, grafted: Graft) -> Stage:
+    seed_all(recipe.seed, len(recipe.stages) + 1 + index)  # adapters that start at random, like mixers
+    return build_stage(recipe.stages[index], grafted)
+
+
+def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: RunFolder) -> Graft:
+    """The trained student with all of its weights here, where they were sharded.
+
+    Base weights stayed frozen: they are the teacher's, and all else is in the last checkpoint.
+    """
+    again = load_teacher(job.model, dtype=teacher.model.dtype, device=teacher.model.device)
+    plan = plan_surgery(again.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
+    grafted = _graft(again.model, plan, recipe, job)
+    stages = [_build_stage(recipe, index, grafted) for index in range(len(recipe.stages))]
+    checkpoint = load_latest(folder.run)
+    assert checkpoint is not None
+    restore_student(checkpoint, student_parameters(grafted, stages))
+    return grafted
 
 
 def _batches(corpus: Corpus, recipe: Recipe, index: int) -> Batches:

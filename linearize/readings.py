@@ -14,6 +14,7 @@ from torch import Tensor
 
 from linearize.adapters import lora_off
 from linearize.attention import StudentAttention, full_precision, teacher_rows
+from linearize.distributed import whole_weights
 from linearize.mixers import HeadInputs
 from linearize.stages.base import Batch, run_trunk
 from linearize.surgery import Graft
@@ -94,7 +95,11 @@ def read_layers(grafted: Graft, input_ids_BT: Tensor) -> list[LayerReading]:
     seen = observe(grafted, input_ids_BT)
     mixed = torch.autocast(input_ids_BT.device.type, torch.bfloat16, enabled=bool(grafted.raised))
     with mixed:  # base weights that train are fp32 then
-        return [_read(grafted, teacher, heads, y_BTHV) for teacher, heads, y_BTHV in seen]
+        layers, read = grafted.decoder_layers, []
+        for teacher, heads, y_BTHV in seen:
+            with whole_weights(layers[teacher.layer_idx]):
+                read.append(_read(grafted, teacher, heads, y_BTHV))
+        return read
 
 
 def _read(grafted: Graft, teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> LayerReading:

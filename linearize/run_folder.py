@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from linearize.distributed import ALONE, Processes
 from linearize.errors import RunError
 
 SAME = ("model", "quantize", "recipe_hash", "text", "seed")
@@ -23,6 +24,7 @@ class RunFolder:
     """Where a conversion writes."""
 
     student: Path  # the Hugging Face folder
+    processes: Processes = ALONE  # every one calls, the main one reads and writes
 
     @property
     def run(self) -> Path:
@@ -39,11 +41,11 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any]:
         """What the run began with; empty before it did."""
-        return _read_json(self.facts_file)
+        return self.processes.on_main(lambda: _read_json(self.facts_file))
 
     def results(self) -> dict[str, Any]:
         """What was measured so far, by name."""
-        return _read_json(self.results_file)
+        return self.processes.on_main(lambda: _read_json(self.results_file))
 
     def begin(self, facts: dict[str, Any]) -> None:
         """Note what the run begins with, or check that a resumed one goes on with the same.
@@ -64,16 +66,19 @@ class RunFolder:
                 remedy="Repeat its own command with --resume (run.json holds it), or choose another --out.",
             )
         if not began:
-            write_json(self.facts_file, facts)
+            self.processes.on_main(lambda: write_json(self.facts_file, facts))
 
     def record(self, name: str, value: Any) -> None:
         """Add a result, or replace it."""
-        write_json(self.results_file, {**self.results(), name: value})
+        known = self.results()
+        self.processes.on_main(lambda: write_json(self.results_file, {**known, name: value}))
 
     def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result of that name; measured now if no earlier part of the run did."""
-        if name not in self.results():
-            self.record(name, measure())
+        """The result of that name; measured now, by the main process, if no earlier part of the run did."""
+        known = self.results()
+        if name in known:
+            return known[name]
+        self.record(name, self.processes.on_main(measure))
         return self.results()[name]
 
 
@@ -83,12 +88,24 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunError: when it cannot be written.
     """
-    aside = path.with_name(f".{path.name}.tmp")
+    aside, text = _aside(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     try:
-        aside.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # without it, a power cut may leave the new name with an empty file
         os.replace(aside, path)
     except OSError as error:
         raise RunError(f"cannot be written: {error.strerror or error}", place=str(path)) from None
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _before_it_began(folder: RunFolder) -> tuple[Path, ...]:
+    """What a run that was killed before its facts were written may have left."""
+    return folder.run / ".lock", _aside(folder.facts_file)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -104,6 +121,18 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 @contextmanager
+def share_run_folder(processes: Processes, out: str | Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
+    """`open_run_folder` for many processes: the main one holds it, all of them must see it."""
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(open_run_folder(out, resume=resume, overwrite=overwrite))
+
+        processes.on_main(take)
+        yield RunFolder(Path(out).absolute(), processes)
+
+
+@contextmanager
 def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterator[RunFolder]:
     """Create the folder, or check that it may be used; hold it for this process alone until the block ends.
 
@@ -116,7 +145,9 @@ def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterat
     if resume and overwrite:
         raise RunError("--resume and --overwrite contradict each other", place=str(out))
     try:
-        used = folder.student.is_file() or any(path.is_file() and path.name != ".lock" for path in out.rglob("*"))
+        used = folder.student.is_file() or any(
+            path.is_file() and path not in _before_it_began(folder) for path in out.rglob("*")
+        )
         if resume and not folder.facts_file.is_file():
             raise RunError(
                 "there is no run to go on with", place=str(out), remedy="Leave out --resume to start one there."

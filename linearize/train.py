@@ -1,21 +1,14 @@
-"""The one training loop. `fit` reads top to bottom; everything below it is a part it names.
-
-A little over 400 lines: the loop, its schedules and its signals are read together, and nothing else uses them.
-"""
+"""The one training loop. `fit` reads top to bottom; everything below it is a part it names."""
 
 from __future__ import annotations
 
 import math
-import os
 import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
@@ -24,26 +17,32 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from linearize.checkpoint import (
-    Checkpoint,
-    RngState,
     RunState,
-    TrainerState,
     check_same_run,
     get_rng_state,
     read_trainer,
     refuse_used,
     remove_stale,
     restore_student,
-    save_checkpoint,
     seed_all,
     set_rng_state,
 )
 from linearize.data.prefetch import MadeAhead
+from linearize.distributed import Processes, Share, StepReport, send_from, share_of_layers
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
-from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.runs import FitResult, FitSettings, Run
+from linearize.saving import Saver
+from linearize.schedules import learning_rate
+from linearize.signals import interruptible
 from linearize.spans import span
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
-from linearize.stages.course import Course
+
+__all__ = ["Batches", "FitResult", "FitSettings", "Run", "check_budget", "fit", "learning_rate"]
+
+
+DISTRIBUTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.FSDP)
+"""How accelerate may have started us; the sharding of FSDP is done here in any case."""
 
 
 class Batches(Protocol):
@@ -52,69 +51,6 @@ class Batches(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Batch: ...
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """How to run a stage; nothing here changes what is learnt, apart from `mixed_precision`.
-
-    Attributes:
-        mixed_precision: `bf16` runs the forward under autocast; parameters, gradients and AdamW keep their own dtype.
-        save_every_steps: steps between checkpoints; None = by time only.
-        save_every_seconds: longest time without a checkpoint; the stage's end saves one in any case. `keep` stay.
-        evaluate: returns numbers to log as `eval/<name>`. It must leave the model as it found it (train mode too);
-            the random states are put back for it.
-        eval_every_steps: steps between evaluations; None = at the stage's end only.
-    """
-
-    mixed_precision: Literal["no", "bf16"] = "no"
-    save_every_steps: int | None = None
-    save_every_seconds: float = 120.0
-    keep: int = 2
-    evaluate: Callable[[], Mapping[str, float]] | None = None
-    eval_every_steps: int | None = None
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the stages of one run share.
-
-    Attributes:
-        out: the run's folder.
-        stage_index: number of the stage that is being fitted, from 0.
-        student: all student parameters by name (mixers, LoRA, and base weights that this stage or an earlier one
-            trains): what every checkpoint stores, a superset of what the stage trains.
-        checkpoint: where to go on from, if it is of this stage; else None, and the caller restores the student from
-            the checkpoint of the stage before (`restore_student`).
-        metrics, progress: the run's metrics.jsonl, and where progress is shown.
-        seed: with the stage's index it gives the stage's random numbers.
-        recipe_hash, corpus_fingerprint: a resumed run must have the same ones.
-    """
-
-    out: Path
-    stage_index: int
-    student: Mapping[str, Tensor]
-    checkpoint: Checkpoint | None
-    metrics: MetricsLog
-    progress: Progress
-    seed: int
-    recipe_hash: str
-    corpus_fingerprint: str
-
-
-@dataclass(frozen=True)
-class FitResult:
-    """What a stage came to. Tokens and seconds count the whole stage, over interruptions; seconds only its training.
-
-    `metrics` are those of the last step; `peak_memory_bytes` is what CUDA allocated at most, else the process's RSS.
-    """
-
-    steps: int
-    tokens: int
-    seconds: float
-    tokens_per_second: float
-    metrics: Mapping[str, float | None]
-    peak_memory_bytes: int
 
 
 def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitResult:
@@ -129,88 +65,108 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
 
     Raises:
         RunError: the budget is below one batch, the checkpoint does not fit, or one cannot be written.
-        NonFiniteLossError: the loss or the gradient became NaN or infinite; the weights are those before that step.
+        NonFiniteLossError: the loss or the gradient became NaN or infinite, and the stage is to stop then or has
+            skipped too many such steps in a row; the weights are those before that step.
         RunInterrupted: on SIGINT or SIGTERM, after the current step and a checkpoint.
     """
     config = stage.config
     check_budget(config, run.stage_index)
     _check_batches(config, len(batches), run)
-    groups = stage.course.groups(_trainable(stage, run))
-    parameters = {name: parameter for group in groups for name, parameter in group.items()}
-    device = next(iter(parameters.values())).device
-    accelerator = _accelerator(device, settings.mixed_precision, config.accumulation)
-    optimizer = _adamw(groups, config.optimizer)
-    state = _begin(stage, run, parameters, optimizer)
-    saver = _Saver(run, settings, list(parameters), optimizer, stage.course)
-    throughput = Throughput()
+    work = _prepare(stage, batches, run, settings)
+    share, optimizer = work.share, work.optimizer
+    state = _begin(stage, run, share, optimizer)
+    throughput, stop = Throughput(), False
 
     with (
-        _interruptible() as interrupt,
-        MadeAhead(batches, device) as ahead,
+        interruptible(run.processes) as interrupt,
+        work.batches,
+        Saver(run, settings, share, optimizer, stage.course) as saver,
         run.progress.stage(stage.name, config.steps, state.step) as progress,
     ):
-        while not (state.finished or stage.course.finished or interrupt.signals):
+        while not (state.finished or stage.course.finished or stop):
             stage.course.before_step(state.step)
             started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
-            micro_batches, tokens = _forward_backward(stage, ahead, state.micro_batches, accelerator, device)
-            with span("optimizer"):
-                grad_norm = nn.utils.clip_grad_norm_(parameters.values(), config.optimizer.clip or math.inf)
-            with span("wait"):
-                metrics, fault = fetch_means(micro_batches, grad_norm, state.micro_batches)  # the step's only sync
-            if fault is not None:
-                raise _non_finite(state, config, fault, saver.save(state, rng))
-            lr = learning_rate(state.step, config.steps, config.optimizer)
-            _optimizer_step(optimizer, lr)
+            metrics, fault = work.gradients(state)  # the step's only sync
+            due = run.processes.main and saver.is_due(state.step + 1)
+            report = share.agree(StepReport(metrics, fault, bool(interrupt.signals), due))
+            stop, lr = report.stop, learning_rate(state.step, config.steps, config.optimizer)
+            metrics = {**report.metrics, "lr": lr}
+            if report.fault is None:
+                _optimizer_step(optimizer, lr)
+                metrics |= stage.course.after_step(state.step + 1, report.metrics, optimizer)
+            elif config.on_nonfinite == "stop" or state.skipped == config.max_skips:
+                raise _non_finite(state, config, report.fault, saver.save_and_wait(state, rng))
+            else:
+                optimizer.zero_grad(set_to_none=True)
+                run.progress.console.print(_skipped(state, report.fault), highlight=False, markup=False)
             seconds = time.perf_counter() - started
-            throughput.add(tokens, seconds)
-            metrics |= {"lr": lr} | stage.course.after_step(state.step + 1, metrics, optimizer)
-            metrics |= _evaluate(settings, state.steps if stage.course.finished else state.step + 1, state.steps)
-            state = state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics))
-            run.metrics.write(_record(state, seconds, throughput))
+            throughput.add(config.length * config.batch, seconds)
+            metrics |= _evaluate(settings, work, state)
+            state = _advanced(state, config, seconds, metrics, report.fault is not None)
+            if run.processes.main:
+                run.metrics.write(_record(state, seconds, throughput))
             progress.update(state.step, metrics, throughput)
-            if saver.is_due(state):
+            if report.due:
                 saver.save(state, get_rng_state())
-        saved = saver.save(state, get_rng_state())
-    if interrupt.signals:
-        raise _interrupted(state, interrupt.signals[0], saved)
+        saved = saver.save_and_wait(state, get_rng_state())
+        stop = run.processes.any(bool(interrupt.signals))
+    if stop:
+        raise _interrupted(state, interrupt.signals, saved)
+    share.exchange_weights(run.student)
+    peak = max(run.processes.gather(peak_memory_bytes(work.device)))
     speed = state.tokens / state.seconds if state.seconds else 0.0
-    return FitResult(state.step, state.tokens, state.seconds, speed, state.metrics, peak_memory_bytes(device))
+    return FitResult(state.step, state.tokens, state.seconds, speed, state.metrics, peak)
 
 
-def learning_rate(step: int, steps: int, config: OptimizerConfig) -> float:
-    """The learning rate of step number `step` (from 0) of `steps`.
+@dataclass(frozen=True)
+class _Work:
+    """What one step of a stage needs, on this process."""
 
-    The first `warmup` share of the steps climbs in equal parts from lr / (n + 1) and reaches the peak at step n; the
-    schedule then goes from the peak to exactly `min_lr_ratio` × the peak at the last step.
-    """
-    warmup = round(config.warmup * steps)
-    if step < warmup:
-        return config.lr * (step + 1) / (warmup + 1)
-    return config.lr * SCHEDULES[config.schedule](step - warmup, steps - warmup, steps, config)
+    stage: Stage
+    batches: MadeAhead
+    run: Run
+    share: Share
+    parameters: dict[str, nn.Parameter]
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    device: torch.device
+
+    def gradients(self, state: RunState) -> tuple[dict[str, float], str | None]:
+        """The clipped gradients of the next step; this process's metrics, and what in them is not finite."""
+        config, parameters = self.stage.config, self.parameters.values()
+        numbers = self.share.micro_batches(state.micro_batches, config.accumulation)
+        micro_batches = [self._micro_batch(number) for number in numbers]
+        self.share.exchange_gradients(parameters)
+        with span("optimizer"):
+            norm = self.share.gradient_norm(parameters)
+            nn.utils.clip_grads_with_norm_(parameters, config.optimizer.clip or math.inf, norm)
+        with span("wait"):
+            return fetch_means(micro_batches, norm, numbers)
+
+    def _micro_batch(self, number: int) -> Mapping[str, Tensor]:
+        """Add the gradients of one micro-batch. Its random numbers are its own: the same on any number of processes."""
+        seed_all(self.run.seed, self.run.stage_index, number)
+        with span("data"):
+            batch = self.batches[number].to(self.device)
+        with self.accelerator.autocast():
+            return self.stage.train_micro_batch(batch, self._backward)
+
+    def _backward(self, loss: Tensor) -> None:
+        # gradients are taken in the dtypes the forward chose; autocast is for forwards only
+        with torch.autocast(self.device.type, enabled=False):
+            self.accelerator.backward(loss)  # divides by the accumulation
 
 
-def _cosine(step: int, after_warmup: int, steps: int, config: OptimizerConfig) -> float:
-    share = step / max(1, after_warmup - 1)
-    return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _constant(step: int, after_warmup: int, steps: int, config: OptimizerConfig) -> float:
-    return 1.0
-
-
-def _wsd(step: int, after_warmup: int, steps: int, config: OptimizerConfig) -> float:
-    """Warm-up, stable, decay: at the peak, then linearly down over the last `decay` share of all steps."""
-    decay = min(round(config.decay * steps), after_warmup)
-    into_decay = step - (after_warmup - decay) + 1
-    return 1.0 if into_decay <= 0 else 1 - (1 - config.min_lr_ratio) * into_decay / decay
-
-
-# (step after the warm-up, steps after the warm-up, steps, config) -> share of the peak
-SCHEDULES: dict[str, Callable[[int, int, int, OptimizerConfig], float]] = {
-    "cosine": _cosine,
-    "constant": _constant,
-    "wsd": _wsd,
-}
+def _prepare(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> _Work:
+    share = _share(stage, run)
+    parameters = _trainable(stage, run, share)
+    device = next(iter(parameters.values())).device
+    accelerator = _accelerator(device, settings.mixed_precision, run.processes)
+    # set, not passed: `accelerate launch` overrides the argument through its environment
+    accelerator.gradient_accumulation_steps = stage.config.accumulation
+    optimizer = _adamw(stage.course.groups(parameters), stage.config.optimizer)
+    ahead = MadeAhead(batches, device, share.stride)
+    return _Work(stage, ahead, run, share, parameters, accelerator, optimizer, device)
 
 
 def check_budget(config: StageConfig, stage_index: int) -> None:
@@ -250,10 +206,24 @@ def _check_batches(config: StageConfig, micro_batches: int, run: Run) -> None:
         )
 
 
-def _trainable(stage: Stage, run: Run) -> dict[str, nn.Parameter]:
-    parameters = dict(stage.trainable())
-    if not parameters:
+def _share(stage: Stage, run: Run) -> Share:
+    """What this process does of the stage. By layers where the run splits so and the stage's layers train alone."""
+    if not (run.split == "layers" and stage.config.layers_train_alone):
+        ordered = tuple(name for group in stage.course.groups(dict(stage.trainable())) for name in group)
+        return Share(run.processes, (ordered,) * run.processes.count)
+    layers = stage.by_layer()
+    parts = share_of_layers(list(layers), run.processes, run.stage_index)
+    stage.take_layers(parts[run.processes.rank])
+    names = tuple(tuple(name for layer in part for name in layers[layer]) for part in parts)
+    return Share(run.processes, names, by_layers=True)
+
+
+def _trainable(stage: Stage, run: Run, share: Share) -> dict[str, nn.Parameter]:
+    """The parameters that this process trains."""
+    trained = stage.trainable()
+    if not trained:
         raise RunError(f"stage '{stage.name}' trains no parameter.", place=f"stages.{run.stage_index}")
+    parameters = {name: trained[name] for name in share.own}
     missing = [name for name, parameter in parameters.items() if run.student.get(name) is not parameter]
     assert not missing, f"trained but not part of the checkpoint: {missing[:5]}"
     for parameter in parameters.values():
@@ -262,7 +232,7 @@ def _trainable(stage: Stage, run: Run) -> dict[str, nn.Parameter]:
     return parameters
 
 
-def _accelerator(device: torch.device, mixed_precision: str, accumulation: int) -> Accelerator:
+def _accelerator(device: torch.device, mixed_precision: str, processes: Processes) -> Accelerator:
     """An accelerator for the device the student already lies on."""
     shared = AcceleratorState._shared_state
     if shared and (AcceleratorState().mixed_precision, AcceleratorState().device.type) != (
@@ -270,16 +240,14 @@ def _accelerator(device: torch.device, mixed_precision: str, accumulation: int) 
         device.type,
     ):
         # accelerate keeps one state a process and refuses another precision or device; a second stage may want one
-        AcceleratorState._reset_state(reset_partial_state=True)
+        AcceleratorState._reset_state(reset_partial_state=processes.count == 1)
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
-    if accelerator.distributed_type is not DistributedType.NO:
+    if accelerator.num_processes != processes.count or accelerator.distributed_type not in DISTRIBUTED:
         raise RunError(
-            f"launched on {accelerator.num_processes} processes ({accelerator.distributed_type}); "
-            "training runs on one device.",
-            remedy="Start without `accelerate launch`, or with `--num_processes 1`.",
+            f"launched as {accelerator.distributed_type} on {accelerator.num_processes} processes; this run has "
+            f"{processes.count}.",
+            remedy="Start with `accelerate launch` and a file of configs/launch/, or with torchrun.",
         )
-    # set, not passed: `accelerate launch` overrides the argument through its environment
-    accelerator.gradient_accumulation_steps = accumulation
     return accelerator
 
 
@@ -290,20 +258,17 @@ def _adamw(groups: list[dict[str, nn.Parameter]], config: OptimizerConfig) -> to
     return torch.optim.AdamW(settings, config.lr, config.betas, weight_decay=config.weight_decay, fused=fused)
 
 
-def _begin(
-    stage: Stage, run: Run, parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer
-) -> RunState:
+def _begin(stage: Stage, run: Run, share: Share, optimizer: torch.optim.Optimizer) -> RunState:
     """Put everything where the stage starts or goes on: folder, weights, optimiser, random numbers, metrics.jsonl."""
-    device = next(iter(parameters.values())).device
+    device = next(iter(run.student.values())).device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    remove_stale(run.out)
     checkpoint = run.checkpoint
+    run.processes.on_main(lambda: _tidy(run))
     if checkpoint is None:
-        if run.stage_index == 0:
-            refuse_used(run.out)
         seed_all(run.seed, run.stage_index)
-        run.metrics.truncate_after(run.stage_index, 0)
+        if run.processes.count > 1:
+            send_from(0, list(run.student.values()))  # the same seed gives the same start; another card may not
         return RunState(
             stage_index=run.stage_index,
             stage_name=stage.name,
@@ -316,35 +281,25 @@ def _begin(
     assert checkpoint.state.stage_index == run.stage_index, (checkpoint.state.stage_index, run.stage_index)
     check_same_run(checkpoint, recipe_hash=run.recipe_hash, corpus_fingerprint=run.corpus_fingerprint, seed=run.seed)
     trainer = read_trainer(checkpoint)
-    assert trainer["names"] == list(parameters), "the recipe is the same, so are the parameters it trains"
+    assert set(trainer["names"]) == set(stage.trainable()), "the recipe is the same, so are the parameters it trains"
     restore_student(checkpoint, run.student)
     # the moments come from the checkpoint, the settings from the recipe: another device may not be fused
-    settings = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": trainer["optimizer"]["state"], "param_groups": settings})
+    settings, saved = optimizer.state_dict()["param_groups"], trainer["optimizer"]["state"]
+    places = {name: place for place, name in enumerate(trainer["names"])}
+    own = {index: saved[places[name]] for index, name in enumerate(share.own) if places[name] in saved}
+    optimizer.load_state_dict({"state": own, "param_groups": settings})
     stage.course.restore(trainer["course"], optimizer)
     set_rng_state(trainer["rng"])
-    run.metrics.truncate_after(run.stage_index, checkpoint.state.step)
-    return checkpoint.state.model_copy(update={"device": str(device)})
+    done = checkpoint.state.step * stage.config.accumulation  # other rows a micro-batch, on other processes
+    return checkpoint.state.model_copy(update={"device": str(device), "micro_batches": done})
 
 
-def _forward_backward(
-    stage: Stage, batches: Batches, first: int, accelerator: Accelerator, device: torch.device
-) -> tuple[list[Mapping[str, Tensor]], int]:
-    """Add up the gradients of one step's micro-batches, from number `first` on; their metrics, and their tokens."""
-
-    def backward(loss: Tensor) -> None:
-        # gradients are taken in the dtypes the forward chose; autocast is for forwards only
-        with torch.autocast(device.type, enabled=False):
-            accelerator.backward(loss)  # divides by the accumulation
-
-    metrics, tokens = [], 0
-    for index in range(first, first + accelerator.gradient_accumulation_steps):
-        with span("data"):
-            batch = batches[index].to(device)
-        with accelerator.autocast():
-            metrics.append(stage.train_micro_batch(batch, backward))
-        tokens += batch.tokens
-    return metrics, tokens
+def _tidy(run: Run) -> None:
+    """Remove what a killed process left behind; refuse a folder that holds another run."""
+    remove_stale(run.out)
+    if run.checkpoint is None and run.stage_index == 0:
+        refuse_used(run.out)
+    run.metrics.truncate_after(run.stage_index, 0 if run.checkpoint is None else run.checkpoint.state.step)
 
 
 def _optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -355,94 +310,57 @@ def _optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
         optimizer.zero_grad(set_to_none=True)
 
 
-def _evaluate(settings: FitSettings, step: int, steps: int) -> dict[str, float]:
-    every = settings.eval_every_steps
-    if settings.evaluate is None or not (step == steps or (every and step % every == 0)):
+def _evaluate(settings: FitSettings, work: _Work, state: RunState) -> dict[str, float]:
+    """What is measured after the step that follows `state`. Every process measures: waiting for one takes as long."""
+    every, step, run = settings.eval_every_steps, state.step + 1, work.run
+    last = step == state.steps or work.stage.course.finished
+    if settings.evaluate is None or not (last or (every and step % every == 0)):
         return {}
+    work.share.exchange_weights(run.student)
     rng = get_rng_state()  # how often one evaluates must not change what is learnt
+    seed_all(run.seed, run.stage_index)
     found = settings.evaluate()
     set_rng_state(rng)
     return {f"eval/{name}": float(value) for name, value in found.items()}
 
 
+def _advanced(
+    state: RunState, config: StageConfig, seconds: float, metrics: Mapping[str, float], skipped: bool
+) -> RunState:
+    """The state one step later."""
+    tokens = config.length * config.batch
+    return state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics), skipped)
+
+
 def _record(state: RunState, seconds: float, throughput: Throughput) -> dict[str, object]:
     place = {"stage": state.stage_index, "name": state.stage_name, "step": state.step, "tokens": state.tokens}
+    place |= {"skipped": state.skipped} if state.skipped else {}
     return place | state.metrics | {"seconds": seconds, "tokens_per_second": throughput.tokens_per_second}
 
 
-class _Saver:
-    """Saves when it is time to, and never the same step twice."""
-
-    def __init__(
-        self, run: Run, settings: FitSettings, names: list[str], optimizer: torch.optim.Optimizer, course: Course
-    ) -> None:
-        self._run, self._settings, self._names = run, settings, names
-        self._optimizer, self._course = optimizer, course
-        self._saved = run.checkpoint.folder if run.checkpoint else None
-        self._saved_step = run.checkpoint.state.step if run.checkpoint else None
-        self._saved_at = time.monotonic()
-
-    def is_due(self, state: RunState) -> bool:
-        steps, seconds = self._settings.save_every_steps, self._settings.save_every_seconds
-        return (steps is not None and state.step % steps == 0) or time.monotonic() - self._saved_at >= seconds
-
-    def save(self, state: RunState, rng: RngState) -> Path:
-        if self._saved is None or self._saved_step != state.step:
-            self._run.metrics.sync()
-            trainer: TrainerState = {
-                "names": self._names,
-                "optimizer": self._optimizer.state_dict(),
-                "rng": rng,
-                "course": self._course.state(),
-            }
-            self._saved = save_checkpoint(self._run.out, state, self._run.student, trainer, self._settings.keep)
-            self._saved_step, self._saved_at = state.step, time.monotonic()
-        return self._saved
-
-
-class _Interrupt:
-    """The signals that asked to stop."""
-
-    def __init__(self) -> None:
-        self.signals: list[signal.Signals] = []
-
-    def __call__(self, number: int, frame: FrameType | None) -> None:
-        self.signals.append(signal.Signals(number))
-        if len(self.signals) > 1:
-            raise KeyboardInterrupt
-        # written directly: a handler that runs within a print must not print
-        os.write(2, b"\nstopping after this step and a checkpoint; once more to stop at once\n")
-
-
-@contextmanager
-def _interruptible() -> Iterator[_Interrupt]:
-    """Note SIGINT and SIGTERM instead of dying by them; a second one raises KeyboardInterrupt at once.
-
-    Python allows this in the main thread only; elsewhere the handlers stay as they are.
-    """
-    interrupt = _Interrupt()
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
-    before = {number: signal.signal(number, interrupt) for number in numbers}
-    try:
-        yield interrupt
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)
-
-
-def _interrupted(state: RunState, received: signal.Signals, saved: Path) -> RunInterrupted:
+def _interrupted(state: RunState, received: list[signal.Signals], saved: Path) -> RunInterrupted:
+    by = received[0].name if received else "another process"
     return RunInterrupted(
-        f"stopped by {received.name} after step {state.step} of {state.steps} of stage {state.stage_index} "
+        f"stopped by {by} after step {state.step} of {state.steps} of stage {state.stage_index} "
         f"({state.stage_name}); saved {saved}. Go on with the same command and `--resume`."
+    )
+
+
+def _skipped(state: RunState, fault: str) -> str:
+    return (
+        f"Skipped step {state.step + 1} of stage {state.stage_index} ({state.stage_name}): {fault}; weights and "
+        "optimiser stay as they were."
     )
 
 
 def _non_finite(state: RunState, config: StageConfig, fault: str, saved: Path) -> NonFiniteLossError:
     place = f"stages.{state.stage_index}"
+    before = f" {state.skipped} steps in a row were skipped before it." if state.skipped else ""
     return NonFiniteLossError(
-        f"{fault}; the optimiser step was not taken.",
+        f"{fault}; the optimiser step was not taken.{before}",
         place=f"{place} ({state.stage_name}), step {state.step + 1} of {state.steps}",
         remedy=f"The weights before it are in {saved}. Start again in another output folder with a lower learning rate "
-        f"(`--set {place}.optimizer.lr=`, now {config.optimizer.lr:g}) or a longer warm-up; if the machine was at "
-        "fault, go on with `--resume`.",
+        f"(`--set {place}.optimizer.lr=`, now {config.optimizer.lr:g}), a longer warm-up, or with "
+        f"`--set {place}.on_nonfinite=skip` where single batches are at fault; if the machine was, go on with "
+        "`--resume`.",
     )

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import random
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +16,7 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: its interpreter then runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -134,3 +137,24 @@ def tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", bos_token="<s>")
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(make_teacher, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("teacher")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({"<end>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    words = random.Random(0)
+    lines = [" ".join(words.choices(["tide", "salt", "gull", "rope", "keel", "mast"], k=60)) for _ in range(40)]
+    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    return path

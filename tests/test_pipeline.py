@@ -13,8 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 import linearize
 from linearize.checkpoint import STUDENT, load_latest
@@ -44,27 +43,6 @@ SHORT = (
     "heldout_tokens=256",
     "precision=fp32",
 )
-
-
-@pytest.fixture(scope="module")
-def teacher_folder(make_teacher, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("teacher")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({"<end>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
-    make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0).save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("text") / "text.jsonl"
-    words = random.Random(0)
-    lines = [" ".join(words.choices(["tide", "salt", "gull", "rope", "keel", "mast"], k=60)) for _ in range(40)]
-    path.write_text("\n".join(json.dumps({"text": line}) for line in lines))
-    return path
 
 
 @pytest.fixture

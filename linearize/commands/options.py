@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-out_console = Console()
-log_console = Console(stderr=True)
+_FOLLOWS = os.environ.get("RANK", "0") != "0"  # one of several processes speaks for all, unless it fails alone
+out_console = Console(quiet=_FOLLOWS)
+log_console = Console(stderr=True, quiet=_FOLLOWS)
+loud_console = Console(stderr=True)
 
 ModelOption = Annotated[
     str, typer.Option("--model", "-m", help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf.")

@@ -24,10 +24,13 @@ class MadeAhead:
 
     Cutting rows and pinning their memory then costs the loop nothing. Which micro-batch a number means does not change.
     Use as a context manager, or call `close`.
+
+    Args:
+        stride: from the number of one micro-batch that will be asked for to the next.
     """
 
-    def __init__(self, batches: Numbered, device: torch.device, ahead: int = 2) -> None:
-        self._batches, self._ahead = batches, ahead
+    def __init__(self, batches: Numbered, device: torch.device, stride: int = 1, ahead: int = 2) -> None:
+        self._batches, self._stride, self._ahead = batches, stride, ahead
         self._made: dict[int, Future[Batch]] = {}
         self._pool = ThreadPoolExecutor(1, "batches", _begin_thread, (device,))
 
@@ -36,7 +39,8 @@ class MadeAhead:
 
     def __getitem__(self, index: int) -> Batch:
         """Micro-batch `index`; what making it raised, if it failed."""
-        wanted = {index, *range(index, min(index + 1 + self._ahead, len(self)))}
+        last = index + self._ahead * self._stride
+        wanted = {index, *range(index, min(last + 1, len(self)), self._stride)}
         for other in self._made.keys() - wanted:
             self._made.pop(other).cancel()
         for near in sorted(wanted - self._made.keys()):

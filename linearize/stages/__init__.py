@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 from torch import nn
 
-from linearize.adapters import lora_layers
+from linearize.adapters import lora_layers, lora_parameters
 from linearize.errors import RecipeError
 from linearize.stages.base import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import Transfer, TransferConfig
 from linearize.surgery import Graft, Swap
 
-__all__ = ["STAGES", "Batch", "Stage", "StageConfig", "build_stage", "check_stages", "refuse_base_training"]
+__all__ = [
+    "STAGES",
+    "Batch",
+    "Stage",
+    "StageConfig",
+    "build_stage",
+    "check_stages",
+    "refuse_base_training",
+    "student_parameters",
+]
 
 
 class StageEntry(NamedTuple):
@@ -71,3 +80,11 @@ def build_stage(config: StageConfig, graft: Graft) -> Stage:
     for layer in lora_layers(graft.model):
         cast(nn.Module, layer).train(not {"lora", "all"}.isdisjoint(config.train))
     return stage
+
+
+def student_parameters(grafted: Graft, stages: Iterable[Stage]) -> dict[str, nn.Parameter]:
+    """All in which a student differs from its teacher once these stages have begun: what checkpoints hold."""
+    found = {**grafted.mixer_parameters(), **lora_parameters(grafted.model)}
+    for stage in stages:
+        found |= stage.trainable()
+    return found

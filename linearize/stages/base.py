@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -98,6 +98,8 @@ class StageConfig(Config):
     micro_batch: int = Field(8, ge=1, description="rows per forward; must divide batch")
     optimizer: OptimizerConfig = OptimizerConfig()
     train: tuple[Part, ...] = Field(("mixer",), description="what trains: mixer, qkv, o, norms, lora or all")
+    on_nonfinite: Literal["stop", "skip"] = Field("stop", description="what a NaN or infinite loss or gradient does")
+    max_skips: int = Field(5, ge=1, description="skip: a run of more such steps ends the stage")
 
     @model_validator(mode="before")
     @classmethod
@@ -170,6 +172,11 @@ class StageConfig(Config):
         """Whether weights of the teacher are trained, so that the teacher needs a copy of its own."""
         return not BASE_PARTS.isdisjoint(self.train)
 
+    @property
+    def layers_train_alone(self) -> bool:
+        """Whether no layer's gradient depends on another layer, so that processes may share the layers."""
+        return False
+
     def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
         """What this stage cannot do with such a mixer: key of this configuration -> rule and remedy."""
         return {}
@@ -207,6 +214,14 @@ class Stage(Protocol):
         The stage calls `backward` itself so that it may do so once per layer and free that layer's activations.
         The metric `loss` must be there: its mean over the micro-batches is the step's loss.
         """
+        ...
+
+    def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
+        """What trains, by student layer, where layers train on their own; empty where they train together."""
+        ...
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        """Train these layers only from now on; losses become this part's summands of the mean over all layers."""
         ...
 
 

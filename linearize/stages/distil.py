@@ -6,7 +6,7 @@ base weights, it is the frozen copy that was made before the first of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -102,6 +102,12 @@ class Distil:
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
+
+    def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
+        return {}
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        raise AssertionError("layers train together")
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         mask_B1TT = softmax_mask(self.graft.model, batch)

@@ -8,7 +8,8 @@ Shape legend in mixers/base.py.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -141,6 +142,11 @@ class TransferConfig(StageConfig):
             )
         return self
 
+    @property
+    def layers_train_alone(self) -> bool:
+        """Not where layers see each other's answers, nor where one process judges them all."""
+        return self.student_forcing is None and self.watch is None
+
     def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
         fitting = [name for name, objective in OBJECTIVES.items() if mixer.rows in objective.rows]
         asked = [name for name, weight in self.objective.items() if weight > 0]
@@ -157,6 +163,10 @@ class Goal(NamedTuple):
     mixed_BTHV: Tensor
 
 
+class _Enough(Exception):
+    """Ends the teacher's pass behind the last layer that this process trains."""
+
+
 class Transfer:
     """Trains student layers one by one; the loss is the mean over the layers that still train."""
 
@@ -164,15 +174,23 @@ class Transfer:
 
     def __init__(self, config: TransferConfig, graft: Graft) -> None:
         self.config, self.graft = config, graft
+        self.taken = frozenset(graft.students)
         self.course = TransferCourse(config, parameters_by_layer(graft, self.trainable()))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
 
+    def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
+        return self.course.layers
+
+    def take_layers(self, layers: Sequence[int]) -> None:
+        self.taken = frozenset(layers)
+
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         losses: list[Tensor] = []
         errors: dict[str, Tensor] = {}  # of each layer, by the name of its metric
         layers = len(self.graft.students)
+        last = max(self.taken) if len(self.taken) < layers else None
         forced, clean = self.course.draw_forced(), self._clean_goals(batch)
 
         def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> Tensor | None:
@@ -188,20 +206,23 @@ class Transfer:
                     backward(loss / layers)
             losses.append(loss.detach())
             errors[error_name(layer)] = answers.error.detach()
+            if layer == last:
+                raise _Enough
             return answers.student.answer(answers.student_BTHV.detach()) if layer in forced else None
 
         self._run_teacher(batch, observe)
         error_N = torch.stack(list(errors.values()))
         by_layer = dict(zip(errors, error_N.unbind(), strict=True))
-        return {"loss": torch.stack(losses).mean(), "error": error_N.mean(), **by_layer}
+        count = len(errors) if last is None else layers  # parts of a mean over layers, on several processes
+        return {"loss": torch.stack(losses).sum() / count, "error": error_N.sum() / count, **by_layer}
 
     def _run_teacher(self, batch: Batch, observe: Observer) -> None:
         """One forward of the teacher, without gradients; `observe` is called in every student layer's place."""
-        observed = self.graft.observed.students.values()
+        observed = [student for layer, student in self.graft.observed.students.items() if layer in self.taken]
         try:
             for teacher in observed:
                 teacher.observer = observe
-            with span("teacher"), torch.no_grad(), self.graft.as_teacher() as model:
+            with suppress(_Enough), span("teacher"), torch.no_grad(), self.graft.as_teacher() as model:
                 run_trunk(model, batch, softmax_mask(model, batch))
         finally:
             for teacher in observed:

@@ -1,0 +1,275 @@
+"""Measure how training scales over processes: transfer (rows, layers) and distil (replicas, FSDP2).
+
+    python scripts/bench_scaling.py --shape tiny --processes 1,2,4 --device cpu --out scaling.json
+    python scripts/bench_scaling.py --shape llama-8b --processes 1,2,4,8 --out scaling.json
+
+Weights are random, in the shape of a known model; rows are random tokens. For each number of processes, one process a
+GPU (or gloo on the CPU), every way of sharing the work trains a few steps twice: strong scaling (a step has as many
+rows as on one process) and weak scaling (as many rows a process). Printed, and with versions written to JSON:
+
+    tokens/s     median over the steps but the first two, of the whole run
+    efficiency   tokens/s over N times those of one process that trains the same (strong: rows a step, weak: a process)
+    memory       peak of each process; on a CPU the resident set, which only grows from one measurement to the next
+    exchanging   share of the main process's time in collectives, waiting for others included (a profile of its own)
+    loss         largest relative difference from the losses of one process, strong scaling only
+
+NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from linearize.distributed import Processes, Split, shard_base, start_processes
+from linearize.machine import versions
+from linearize.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
+from linearize.recipe import load_recipe
+from linearize.runs import FitSettings, Run
+from linearize.stages import Batch, StageConfig, build_stage, student_parameters
+from linearize.surgery import Graft, graft, plan_surgery
+from linearize.train import fit
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 8}
+    | {"num_attention_heads": 4, "num_key_value_heads": 2},
+    "smollm2-135m": {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    "llama-1b": {"vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "tie_word_embeddings": True},
+    "llama-8b": {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+}
+
+WAYS: tuple[tuple[str, Split], ...] = (
+    ("transfer", "data"),
+    ("transfer", "layers"),
+    ("distil", "data"),
+    ("distil", "fsdp"),  # last: sharding cannot be undone
+)
+WARMUP = 2
+PROFILED = 2
+EXCHANGES = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter", "reducescatter", "sendrecv")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One way of sharing the work, on one number of processes."""
+
+    stage: str
+    split: str
+    scaling: str
+    processes: int
+    rows: int
+    tokens_per_second: float
+    memory_bytes: list[int]
+    exchanging: float
+    losses: list[float]
+
+
+class RandomRows:
+    """Micro-batches of random tokens, by number."""
+
+    def __init__(self, config: StageConfig, vocabulary: int) -> None:
+        self._config, self._vocabulary = config, vocabulary
+
+    def __len__(self) -> int:
+        return self._config.steps * self._config.accumulation
+
+    def __getitem__(self, index: int, /) -> Batch:
+        shape = (min(self._config.micro_batch, self._config.batch), self._config.length)
+        ids_BT = torch.randint(self._vocabulary, shape, generator=torch.Generator().manual_seed(index))
+        targets_BT = torch.ones(shape, dtype=torch.bool)
+        targets_BT[:, -1] = False
+        return Batch(ids_BT, torch.arange(shape[1]).expand(shape), None, targets_BT)
+
+
+def build(options: argparse.Namespace, device: torch.device) -> Graft:
+    """The shape's model with random weights, the same on every process, and the recipe's mixers."""
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    with device:
+        model = LlamaForCausalLM(LlamaConfig(**SHAPES[options.shape], max_position_embeddings=options.length))
+    torch.set_default_dtype(before)
+    model = model.requires_grad_(False).eval()
+    return graft(model, plan_surgery(model, load_recipe(options.recipe).mixer))
+
+
+def stage_config(options: argparse.Namespace, stage: str, rows: int, steps: int) -> StageConfig:
+    """The recipe's first stage of that kind, for so many steps of so many rows."""
+    config = next(config for config in load_recipe(options.recipe).stages if config.kind == stage)
+    size = {"length": options.length, "batch": rows, "micro_batch": options.micro_batch}
+    return config.model_copy(update=size | {"tokens": steps * rows * options.length})
+
+
+def train(grafted: Graft, config: StageConfig, processes: Processes, split: Split) -> tuple[list[float], list[float]]:
+    """Train; the seconds and the losses of every step."""
+    grafted.model.requires_grad_(False)
+    stage = build_stage(config, grafted)
+    with tempfile.TemporaryDirectory() as folder, MetricsLog(Path(folder) / "metrics.jsonl") as metrics:
+        run = Run(
+            out=Path(folder),
+            stage_index=0,
+            student=student_parameters(grafted, [stage]),
+            checkpoint=None,
+            metrics=metrics,
+            progress=Progress(Console(quiet=True)),
+            seed=0,
+            recipe_hash="",
+            corpus_fingerprint="",
+            processes=processes,
+            split=split,
+        )
+        precision = "bf16" if grafted.model.device.type == "cuda" else "no"
+        fit(stage, RandomRows(config, grafted.model.config.vocab_size), run, FitSettings(precision, None, 1e9))
+        records = read_metrics(metrics.path)
+    return [record["seconds"] for record in records], [record["loss"] for record in records]
+
+
+def exchanging(grafted: Graft, config: StageConfig, processes: Processes, split: Split) -> float:
+    """Share of the steps' time in collectives, on the main process."""
+    if processes.count == 1:
+        return 0.0
+    cuda = grafted.model.device.type == "cuda"
+    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+        seconds, _ = train(grafted, config, processes, split)
+    total = 0.0
+    for event in seen.key_averages():
+        name = event.key.lower()
+        if name.startswith("nccldev" if cuda else "gloo:") and any(word in name for word in EXCHANGES):
+            total += event.self_device_time_total if cuda else event.self_cpu_time_total
+    return total / 1e6 / sum(seconds) if processes.main else 0.0  # who alone writes metrics.jsonl
+
+
+def work(options: argparse.Namespace) -> None:
+    """What one process does; the main one prints the measurements as JSON, a line each."""
+    processes = start_processes(options.device)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    grafted, sharded = build(options, device), False
+    for stage, split in WAYS:
+        if processes.count == 1 and split != "data":
+            continue
+        if split == "fsdp" and not sharded:
+            shard_base(grafted, device, processes)
+            sharded = True
+        for scaling, rows in (("strong", options.rows), ("weak", options.rows_each * processes.count)):
+            config = stage_config(options, stage, rows, options.steps)
+            seconds, losses = train(grafted, config, processes, split)
+            memory = processes.gather(peak_memory_bytes(device))
+            share = exchanging(grafted, stage_config(options, stage, rows, PROFILED), processes, split)
+            speed = rows * options.length / statistics.median(seconds[WARMUP:] or [float("nan")])
+            found = Measured(stage, split, scaling, processes.count, rows, speed, memory, share, losses)
+            if processes.main:
+                print(json.dumps(asdict(found)), flush=True)
+
+
+def launch(count: int, options: argparse.Namespace) -> list[Measured]:
+    """Start that many processes and collect what the main one measures."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, __file__, *sys.argv[1:], "--worker"]
+    shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    children = []
+    for rank in range(count):
+        own = {name: str(value) for name, value in (shared | {"RANK": rank, "LOCAL_RANK": rank}).items()}
+        surroundings = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1", **os.environ, **own}
+        output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
+        children.append(subprocess.Popen(command, env=surroundings, stdout=output, text=True))
+    printed, _ = children[0].communicate()
+    codes = [child.wait() for child in children]
+    if any(codes):
+        raise SystemExit(f"{count} processes: one failed")
+    return [Measured(**json.loads(line)) for line in printed.splitlines() if line.startswith("{")]
+
+
+def compare(found: list[Measured]) -> list[dict[str, Any]]:
+    """Each measurement with its efficiency, and the difference of its losses, against one process."""
+    alone = {(one.stage, one.scaling): one for one in found if one.processes == 1}
+    rows = []
+    for one in found:
+        base = alone.get((one.stage, one.scaling))
+        row = asdict(one) | {"efficiency": None, "loss_difference": None}
+        if base is not None:
+            row["efficiency"] = one.tokens_per_second / (one.processes * base.tokens_per_second)
+        if base is not None and base.rows == one.rows:
+            pairs = zip(one.losses, base.losses, strict=True)
+            row["loss_difference"] = max(abs(loss - expected) / abs(expected) for loss, expected in pairs)
+        rows.append(row)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], title: str) -> Table:
+    shown = Table(title=title)
+    for heading in ("stage", "split", "scaling", "N", "rows", "tokens/s", "efficiency", "memory", "exchanging", "loss"):
+        shown.add_column(heading, justify="left" if heading in ("stage", "split", "scaling") else "right")
+    for row in rows:
+        efficiency, difference = row["efficiency"], row["loss_difference"]
+        shown.add_row(
+            row["stage"],
+            row["split"],
+            row["scaling"],
+            str(row["processes"]),
+            str(row["rows"]),
+            f"{row['tokens_per_second']:,.0f}",
+            "" if efficiency is None else f"{efficiency:.0%}",
+            f"{max(row['memory_bytes']) / 1e9:.2f} GB",
+            f"{row['exchanging']:.0%}",
+            "" if difference is None else f"{difference:.0e}",
+        )
+    return shown
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--recipe", default="lizard", help="a recipe with a transfer and a distil stage")
+    parser.add_argument("--processes", default="1,2")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rows", type=int, default=8, help="strong scaling: rows a step")
+    parser.add_argument("--rows-each", type=int, default=2, help="weak scaling: rows a step and process")
+    parser.add_argument("--micro-batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=None, help="a JSON file")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
+    if options.worker:
+        work(options)
+        return
+    found: list[Measured] = []
+    for count in map(int, options.processes.split(",")):
+        found += launch(count, options)
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU with {os.cpu_count()} cores"
+    rows = compare(found)
+    Console(width=140).print(table(rows, f"{options.shape}, T={options.length}, {options.recipe}, {device}"))
+    if options.out is not None:
+        settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out")}
+        content = {"device": device, "settings": settings, "versions": versions(), "measured": rows}
+        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
