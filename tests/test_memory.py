@@ -22,7 +22,8 @@ from linearize.planning import Prediction, predict_conversion, prediction_target
 from linearize.recipe import Recipe, load_recipe
 from linearize.stages import Batch, build_stage
 from linearize.stages.distil import DistilConfig
-from linearize.surgery import graft, plan_surgery, stream_layers, with_frozen_teacher
+from linearize.streaming import stream_layers
+from linearize.surgery import graft, plan_surgery, with_frozen_teacher
 from linearize.tables import prediction_report
 
 CPU = Target("cpu", "fp32")
