@@ -36,12 +36,13 @@ from linearize.data import Corpus, PackedRows
 from linearize.machine import DTYPES, Machine, choose_machine, versions
 from linearize.memory import Target, predict_memory
 from linearize.metrics import MetricsLog, Progress, read_metrics
-from linearize.pipeline import MIXED, student_parameters
+from linearize.pipeline import MIXED
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import write_json
-from linearize.stages import Batch, Stage, build_stage
+from linearize.stages import Batch, Stage, build_stage, student_parameters
 from linearize.stages.base import run_trunk, softmax_mask
-from linearize.surgery import Graft, graft, plan_surgery, stream_layers
+from linearize.streaming import stream_layers
+from linearize.surgery import Graft, graft, plan_surgery
 from linearize.train import FitSettings, Run, fit
 
 SHAPES: dict[str, dict[str, Any]] = {
