@@ -25,6 +25,7 @@ from linearize.evals.samples import PROMPT, Sampling, generate_texts
 from linearize.export import export_student, load_student
 from linearize.machine import Machine, Precision, choose_machine, versions
 from linearize.metrics import MetricsLog, Progress
+from linearize.profiling import profile_table, read_profile
 from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, open_run_folder, write_json
@@ -65,6 +66,7 @@ class Conversion:
     resume: bool = False
     overwrite: bool = False
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
+    profile: bool = False  # a few steps of each stage, to run/profile
     stream_layers: bool = False  # frozen weights of a decoder layer are on the device only while it computes
 
 
@@ -135,7 +137,8 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         def evaluate() -> dict[str, float]:
             return {**measure(), **monitor()}
 
-        settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision])
+        profile = folder.run / "profile" if job.profile else None
+        settings = FitSettings(evaluate=evaluate, mixed_precision=MIXED[machine.precision], profile=profile)
         stages = _train(grafted, recipe, corpus, settings, folder, console)
 
         grafted.leave_device()
@@ -287,6 +290,8 @@ def _train(
             every = max(FEW_STEPS, config.steps // recipe.evaluations)
             result = fit(stage, _batches(corpus, recipe, index), run, replace(settings, eval_every_steps=every))
             folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})
+            if settings.profile is not None:
+                console.print(profile_table(stage.name, read_profile(settings.profile, f"stage{index}")))
     grafted.model.requires_grad_(False)
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
 

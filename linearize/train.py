@@ -41,6 +41,7 @@ from linearize.checkpoint import (
 from linearize.data.prefetch import MadeAhead
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import MetricsLog, Progress, Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.profiling import profiled
 from linearize.spans import span
 from linearize.stages.base import Batch, OptimizerConfig, Stage, StageConfig
 
@@ -64,6 +65,7 @@ class FitSettings:
         evaluate: returns numbers to log as `eval/<name>`. It must leave the model as it found it (train mode too);
             the random states are put back for it.
         eval_every_steps: steps between evaluations; None = at the stage's end only.
+        profile: folder for a trace of a few steps, and a table of where their time goes; None = no profile.
     """
 
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -72,6 +74,7 @@ class FitSettings:
     keep: int = 2
     evaluate: Callable[[], Mapping[str, float]] | None = None
     eval_every_steps: int | None = None
+    profile: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
         _interruptible() as interrupt,
         MadeAhead(batches, device) as ahead,
         run.progress.stage(stage.name, config.steps, state.step) as progress,
+        profiled(settings.profile, f"stage{run.stage_index}", device) as step_ended,
     ):
         while not state.finished and not interrupt.signals:
             started, rng = time.perf_counter(), get_rng_state()  # the state to go back to if the step fails
@@ -164,6 +168,7 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
             state = state.advanced(config.accumulation, tokens, seconds, finite_or_null(metrics))
             run.metrics.write(_record(state, seconds, throughput))
             progress.update(state.step, metrics, throughput)
+            step_ended()
             if saver.is_due(state):
                 saver.save(state, get_rng_state())
         saved = saver.save(state, get_rng_state())
