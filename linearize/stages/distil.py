@@ -14,7 +14,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from linearize.adapters import LoraSettings, adapters_off, add_lora, lora_layers
+from linearize.adapters import LoraSettings, adapters_off, add_lora, inputs_uncast, lora_layers
 from linearize.config import Number
 from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
@@ -99,19 +99,20 @@ class Distil:
         mask_B1TT = softmax_mask(self.graft.model, batch)
         with span("teacher"), torch.no_grad(), adapters_off(self._adapted), self.graft.as_teacher() as teacher:
             teacher_BTD = run_trunk(teacher, batch, mask_B1TT)
-        with span("student"), self._recompute():
-            student_BTD = run_trunk(self.graft.model, batch, mask_B1TT)
-        with span("loss"):
-            terms = distillation_loss(
-                student_BTD.flatten(0, 1),
-                teacher_BTD.flatten(0, 1),
-                self._heads(),
-                batch.input_ids_BT.roll(-1, dims=1).flatten(),
-                batch.target_mask_BT.flatten(),
-                self.weights,
-            )
-        with span("backward"):
-            backward(terms.loss)
+        with inputs_uncast(self._adapted, batch.input_ids_BT.device):  # until what is recomputed has been
+            with span("student"), self._recompute():
+                student_BTD = run_trunk(self.graft.model, batch, mask_B1TT)
+            with span("loss"):
+                terms = distillation_loss(
+                    student_BTD.flatten(0, 1),
+                    teacher_BTD.flatten(0, 1),
+                    self._heads(),
+                    batch.input_ids_BT.roll(-1, dims=1).flatten(),
+                    batch.target_mask_BT.flatten(),
+                    self.weights,
+                )
+            with span("backward"):
+                backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
 
     def _recompute(self) -> AbstractContextManager[None]:
