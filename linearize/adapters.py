@@ -128,6 +128,26 @@ def adapters_off(layers: Sequence[LoraLayer]) -> Iterator[None]:
             layer._disable_adapters = was_off
 
 
+@contextmanager
+def inputs_uncast(layers: Sequence[LoraLayer], device: torch.device) -> Iterator[None]:
+    """Inside and under autocast, adapters read their inputs as they are.
+
+    peft widens an input to the fp32 of its adapter, and autocast rounds it again for the product: two passes over it,
+    and a copy that is kept for the backward pass, for the same numbers.
+    """
+    if not torch.is_autocast_enabled(device.type):
+        yield
+        return
+    before = [layer.cast_input_dtype_enabled for layer in layers]
+    for layer in layers:
+        layer.cast_input_dtype_enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.cast_input_dtype_enabled = enabled
+
+
 def lora_off(model: nn.Module) -> AbstractContextManager[None]:
     """Inside, the model's adapters change nothing. Afterwards all is as before."""
     return adapters_off(lora_layers(model))

@@ -84,6 +84,9 @@ def convert(
     compile_mixers: Annotated[
         bool, typer.Option("--compile/--no-compile", help="Compile the mixers for training; faster on many GPUs.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Trace a few steps of each stage into OUT/run/profile.")
+    ] = False,
     stream_layers: Annotated[
         bool,
         typer.Option("--stream-layers", help="Keep frozen layers in host memory, on the GPU only while they compute."),
@@ -126,6 +129,7 @@ def convert(
         quantize,
         targets_folder,
         compile_mixers,
+        profile,
         stream_layers,
         keep,
         save_every,

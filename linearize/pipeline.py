@@ -37,6 +37,7 @@ from linearize.evals.samples import PROMPT, Sampling, generate_texts
 from linearize.export import export_student, load_student
 from linearize.machine import Machine, Precision, choose_machine, versions
 from linearize.metrics import MetricsLog, Progress
+from linearize.profiling import profile_table, read_profile
 from linearize.readings import Monitor
 from linearize.recipe import Recipe, load_recipe
 from linearize.report import write_report
@@ -83,6 +84,7 @@ class Conversion:
     quantize: str | None = None  # the teacher's weights: 4bit or 8bit
     targets: str | Path | None = None  # folder of cached teacher targets
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
+    profile: bool = False  # a few steps of each stage, to run/profile
     stream_layers: bool = False  # frozen weights of a decoder layer are on the device only while it computes
     keep: int = 2  # checkpoints
     save_every: float = 120.0  # seconds, at most, between checkpoints
@@ -172,7 +174,10 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         def evaluate() -> dict[str, float]:
             return {**measure(), **monitor()}
 
-        settings = FitSettings(MIXED[machine.precision], None, job.save_every, job.keep, evaluate=evaluate)
+        profile = folder.run / "profile" if job.profile and processes.main else None
+        settings = FitSettings(
+            MIXED[machine.precision], None, job.save_every, job.keep, evaluate=evaluate, profile=profile
+        )
         if split == "fsdp":
             shard_base(grafted, machine.device, processes)
         training = _Training(folder, recipe, split, tuple(job.track), targets)
@@ -432,6 +437,8 @@ def _train(
             every = max(FEW_STEPS, config.steps // recipe.evaluations)
             result = fit(stage, batches, run, replace(settings, eval_every_steps=every))
             folder.record(f"stage{index}", {"name": stage.name, **asdict(result)})
+            if settings.profile is not None:
+                console.print(profile_table(stage.name, read_profile(settings.profile, f"stage{index}")))
     grafted.model.requires_grad_(False)
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
 

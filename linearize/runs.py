@@ -27,6 +27,7 @@ class FitSettings:
         evaluate: returns numbers to log as `eval/<name>`. It must leave the model as it found it (train mode too);
             the random states are put back for it.
         eval_every_steps: steps between evaluations; None = at the stage's end only.
+        profile: folder for a trace of a few steps, and a table of where their time goes; None = no profile.
     """
 
     mixed_precision: Literal["no", "bf16"] = "no"
@@ -36,6 +37,7 @@ class FitSettings:
     save_in_background: bool = True
     evaluate: Callable[[], Mapping[str, float]] | None = None
     eval_every_steps: int | None = None
+    profile: Path | None = None
 
 
 @dataclass(frozen=True)

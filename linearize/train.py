@@ -31,6 +31,7 @@ from linearize.data.prefetch import MadeAhead
 from linearize.distributed import Processes, Share, StepReport, send_from, share_of_layers
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.profiling import profiled
 from linearize.runs import FitResult, FitSettings, Run
 from linearize.saving import Saver
 from linearize.schedules import learning_rate
@@ -82,6 +83,7 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
         work.batches,
         Saver(run, settings, share, optimizer, stage.course) as saver,
         run.progress.stage(stage.name, config.steps, state.step) as progress,
+        profiled(settings.profile, f"stage{run.stage_index}", work.device) as step_ended,
     ):
         while not (state.finished or stage.course.finished or stop):
             stage.course.before_step(state.step)
@@ -106,6 +108,7 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
             if run.processes.main:
                 run.metrics.write(_record(state, seconds, throughput))
             progress.update(state.step, metrics, throughput)
+            step_ended()
             if report.due:
                 saver.save(state, get_rng_state())
         saved = saver.save_and_wait(state, get_rng_state())

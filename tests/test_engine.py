@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
-from linearize.adapters import LoraSettings
+from linearize.adapters import LoraSettings, lora_layers
 from linearize.data.prefetch import MadeAhead
 from linearize.errors import RunError
 from linearize.live_memory import LiveMemory
 from linearize.mixers.hedgehog import HedgehogConfig
-from linearize.stages import Batch, Stage, StageConfig, build_stage
+from linearize.stages import Batch, Stage, StageConfig, build_stage, distil
 from linearize.stages.base import run_trunk, softmax_mask
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import TransferConfig
@@ -245,7 +246,7 @@ def test_a_layer_is_on_the_device_when_it_computes(make_teacher: MakeTeacher, pa
     stage = build_stage(DistilConfig(tokens=1), grafted)
     for index, layer in enumerate(grafted.decoder_layers):
         layer.mlp.register_forward_pre_hook(partial(check, index))  # below what is recomputed: runs each time
-        for name in ("q_proj", "o_proj"):
+        for name in ("q_proj", "o_proj") if index else ():  # nothing below layer 0 wants a gradient
             layer.self_attn.get_submodule(name).register_full_backward_hook(
                 lambda *_, i=index, own=layer: check(i, own.mlp)
             )
@@ -281,3 +282,25 @@ def test_transfer_holds_one_layers_activations(make_teacher: MakeTeacher, packed
             stage.train_micro_batch(packed_batch, lambda loss: loss.backward())
         peaks.append(memory.peak)
     assert peaks[1] < 1.01 * peaks[0]
+
+
+def test_adapters_read_bf16_inputs_as_they_are(
+    make_teacher: MakeTeacher, packed_batch: Batch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as with peft's detour over fp32, and less is kept; outside, peft widens as it did."""
+    found, sizes = [], []
+    for detour in (True, False):
+        if detour:
+            monkeypatch.setattr(distil, "inputs_uncast", lambda *_: nullcontext())
+        else:
+            monkeypatch.undo()
+        torch.manual_seed(1)
+        model = make_teacher().bfloat16()
+        grafted = graft(model, plan_surgery(model, HedgehogConfig()))
+        stage = build_stage(DistilConfig(tokens=1), grafted)
+        with torch.autocast("cpu", torch.bfloat16), Kept() as kept:
+            found.append(gradients_of(stage, packed_batch))
+        sizes.append(sum(kept.storages.values()))
+        assert all(layer.cast_input_dtype_enabled for layer in lora_layers(model))
+    assert_same(*found)
+    assert sizes[1] < sizes[0]

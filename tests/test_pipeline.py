@@ -25,6 +25,7 @@ from linearize.metrics import TIMING_FIELDS, read_metrics
 from linearize.mixers.hedgehog import Hedgehog
 from linearize.pipeline import Conversion, convert
 from linearize.planning import plan_conversion
+from linearize.profiling import read_profile
 from linearize.recipe import load_recipe, recipe_names
 from linearize.stages.distil import Distil
 from linearize.stages.transfer import Transfer
@@ -72,7 +73,10 @@ def student(teacher_folder, text_file, tmp_path_factory):
 def test_streamed_layers_make_the_same_student(student, teacher_folder, text_file, tmp_path):
     overrides = (*SHORT, "keep_softmax=[1]")
     job = Conversion(str(teacher_folder), out=tmp_path / "streamed", data=str(text_file), overrides=overrides)
-    streamed = convert(replace(job, device="cpu", stream_layers=True), Console(quiet=True))
+    job = replace(job, device="cpu", stream_layers=True, profile=True)  # neither changes a bit
+    streamed = convert(job, Console(quiet=True))
+    parts = [{part.part for part in read_profile(streamed.folder / "run/profile", f"stage{n}")} for n in (0, 1)]
+    assert all({"teacher", "student", "loss", "backward", "optimizer", "wait"} <= found for found in parts)
     assert "--stream-layers" in json.loads((streamed.folder / "metrics.json").read_text())["command"]
     found = [(run.teacher, run.untrained, run.student) for run in (student, streamed)]
     assert found[0] == found[1]

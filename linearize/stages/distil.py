@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from linearize.adapters import LoraSettings, adapters_off, add_lora, lora_layers
+from linearize.adapters import LoraSettings, adapters_off, add_lora, inputs_uncast, lora_layers
 from linearize.config import Number
 from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
@@ -114,19 +114,20 @@ class Distil:
         if self.config.top_k is not None and batch.teacher is None:
             batch = replace(batch, teacher=self._targets(batch, mask_B1TT))
         teacher_BTD = self._teacher_hidden(batch, mask_B1TT) if batch.teacher is None else None
-        with span("student"), self._recompute():
-            student_LD = run_trunk(self.graft.model, batch, mask_B1TT).flatten(0, 1)
         next_L, mask_L = batch.input_ids_BT.roll(-1, dims=1).flatten(), batch.target_mask_BT.flatten()
-        with span("loss"):
-            if teacher_BTD is not None:
-                goal_LD = teacher_BTD.flatten(0, 1)
-                terms = distillation_loss(student_LD, goal_LD, self._heads(), next_L, mask_L, self.weights)
-            else:
-                assert batch.teacher is not None
-                goal = batch.teacher.flat()
-                terms = topk_distillation_loss(student_LD, goal, self._heads(), next_L, mask_L, self.weights)
-        with span("backward"):
-            backward(terms.loss)
+        with inputs_uncast(self._adapted, batch.input_ids_BT.device):  # until what is recomputed has been
+            with span("student"), self._recompute():
+                student_LD = run_trunk(self.graft.model, batch, mask_B1TT).flatten(0, 1)
+            with span("loss"):
+                if teacher_BTD is not None:
+                    goal_LD = teacher_BTD.flatten(0, 1)
+                    terms = distillation_loss(student_LD, goal_LD, self._heads(), next_L, mask_L, self.weights)
+                else:
+                    assert batch.teacher is not None
+                    goal = batch.teacher.flat()
+                    terms = topk_distillation_loss(student_LD, goal, self._heads(), next_L, mask_L, self.weights)
+            with span("backward"):
+                backward(terms.loss)
         return {"loss": terms.loss.detach(), "kl": terms.kl, "ce": terms.cross_entropy}
 
     def _recompute(self) -> AbstractContextManager[None]:
