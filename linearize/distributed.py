@@ -33,7 +33,7 @@ T = TypeVar("T")
 Split = Literal["data", "layers", "fsdp"]
 SPLITS: dict[Split, str] = {
     "data": "each process takes its share of a step's rows, and holds the whole model",
-    "layers": "in transfer each process trains its share of the layers, on all rows; other stages split by data",
+    "layers": "in transfer each process runs and trains its layers, on all rows; other stages split by data",
     "fsdp": "as data, and the frozen base weights are sharded over the processes, layer by layer (FSDP2)",
 }
 

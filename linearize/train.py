@@ -30,6 +30,7 @@ from linearize.checkpoint import (
 from linearize.distributed import Processes, Share, StepReport, send_from, share_of_layers
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
+from linearize.relay import Relay
 from linearize.runs import FitResult, FitSettings, Run
 from linearize.saving import Saver
 from linearize.schedules import learning_rate
@@ -195,7 +196,7 @@ def _share(stage: Stage, run: Run) -> Share:
     if not layers:
         return Share(run.processes, (tuple(stage.trainable()),) * run.processes.count)
     parts = share_of_layers(list(layers), run.processes, run.stage_index)
-    stage.take_layers(parts[run.processes.rank])
+    stage.take_layers(parts[run.processes.rank], Relay(parts, run.processes).own_layers)
     names = tuple(tuple(name for layer in part for name in layers[layer]) for part in parts)
     return Share(run.processes, names, by_layers=True)
 

@@ -18,7 +18,7 @@ from linearize.config import Number
 from linearize.errors import RecipeError
 from linearize.families import ModelFamily
 from linearize.losses import DistillationWeights, Heads, distillation_loss
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.base import Backward, Batch, OwnLayers, StageConfig, run_trunk
 from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
 
@@ -85,7 +85,7 @@ class Distil:
     def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
         return {}
 
-    def take_layers(self, layers: Sequence[int]) -> None:
+    def take_layers(self, layers: Sequence[int], own_layers: OwnLayers) -> None:
         raise AssertionError("layers train together")
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:

@@ -9,7 +9,7 @@ Shape legend in mixers/base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,7 @@ from linearize.attention import StudentAttention, full_precision, teacher_rows
 from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk
+from linearize.stages.base import Backward, Batch, OwnLayers, PassEnds, StageConfig, run_trunk
 from linearize.stages.parts import Part, trained_parameters
 from linearize.surgery import Graft
 
@@ -148,8 +148,8 @@ class TransferConfig(StageConfig):
         return {"objective": f"{'; '.join(wrong)}; this mixer has none. It can have: {', '.join(fitting)}"}
 
 
-class _Enough(Exception):
-    """Ends the teacher's pass behind the last layer that this process trains."""
+def _all_layers(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Transfer:
@@ -160,6 +160,7 @@ class Transfer:
     def __init__(self, config: TransferConfig, graft: Graft) -> None:
         self.config, self.graft = config, graft
         self.taken = frozenset(graft.students)
+        self.own_layers: OwnLayers = _all_layers
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
         return trained_parameters(self.graft, self.config.train)
@@ -175,14 +176,13 @@ class Transfer:
             for layer, ours in inside.items()
         }
 
-    def take_layers(self, layers: Sequence[int]) -> None:
-        self.taken = frozenset(layers)
+    def take_layers(self, layers: Sequence[int], own_layers: OwnLayers) -> None:
+        self.taken, self.own_layers = frozenset(layers), own_layers
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         losses: list[Tensor] = []
         errors: dict[str, Tensor] = {}
         layers = len(self.graft.students)
-        last = max(self.taken) if len(self.taken) < layers else None
 
         def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> None:
             with torch.enable_grad():
@@ -191,14 +191,13 @@ class Transfer:
                 backward(loss / layers)
             losses.append(loss.detach())
             errors[f"error/layer_{teacher.layer_idx:02d}"] = answers.error.detach()
-            if teacher.layer_idx == last:
-                raise _Enough
 
         observed = [student for layer, student in self.graft.observed.students.items() if layer in self.taken]
         try:
             for teacher in observed:
                 teacher.observer = observe
-            with suppress(_Enough), torch.no_grad(), self.graft.as_teacher() as model:
+            own_layers = self.own_layers(self.graft.observed.layers())
+            with suppress(PassEnds), own_layers, torch.no_grad(), self.graft.as_teacher() as model:
                 run_trunk(model, batch)
         finally:
             for teacher in observed:
