@@ -124,8 +124,8 @@ def choose_split(asked: str | None, stages: Sequence[StageConfig], processes: Pr
     Raises:
         RunError: there is no such split, or it cannot do what the stages ask.
     """
-    launched = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "data"
-    split: Any = asked or launched
+    launched = processes.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    split: Any = asked or ("fsdp" if launched else "data")
     if split not in SPLITS:
         known = "; ".join(f"{name}: {what}" for name, what in SPLITS.items())
         raise RunError(f"'{split}' is no way to split a run ({known})", place="--split")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -217,12 +217,10 @@ def _trainable(stage: Stage, run: Run, share: Share) -> dict[str, nn.Parameter]:
 
 def _accelerator(device: torch.device, mixed_precision: str, processes: Processes) -> Accelerator:
     """An accelerator for the device the student already lies on."""
-    shared = AcceleratorState._shared_state
-    if shared and (AcceleratorState().mixed_precision, AcceleratorState().device.type) != (
-        mixed_precision,
-        device.type,
-    ):
-        # accelerate keeps one state a process and refuses another precision or device; a second stage may want one
+    # accelerate keeps one state a process and refuses another precision or device; a second stage may want one
+    elsewhere = PartialState._shared_state and PartialState().device.type != device.type
+    otherwise = AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision
+    if elsewhere or otherwise:
         AcceleratorState._reset_state(reset_partial_state=processes.count == 1)
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
     if accelerator.num_processes != processes.count or accelerator.distributed_type not in DISTRIBUTED:
