@@ -33,7 +33,7 @@ T = TypeVar("T")
 Split = Literal["data", "layers", "fsdp"]
 SPLITS: dict[Split, str] = {
     "data": "each process takes its share of a step's rows, and holds the whole model",
-    "layers": "in transfer each process trains its share of the layers, on all rows; other stages split by data",
+    "layers": "in transfer each process runs and trains its layers, on all rows; other stages split by data",
     "fsdp": "as data, and the frozen base weights are sharded over the processes, layer by layer (FSDP2)",
 }
 
@@ -124,8 +124,8 @@ def choose_split(asked: str | None, stages: Sequence[StageConfig], processes: Pr
     Raises:
         RunError: there is no such split, or it cannot do what the stages ask.
     """
-    launched = "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "data"
-    split: Any = asked or launched
+    launched = processes.count > 1 and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    split: Any = asked or ("fsdp" if launched else "data")
     if split not in SPLITS:
         known = "; ".join(f"{name}: {what}" for name, what in SPLITS.items())
         raise RunError(f"'{split}' is no way to split a run ({known})", place="--split")

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
@@ -32,6 +32,7 @@ from linearize.distributed import Processes, Share, StepReport, send_from, share
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.profiling import profiled
+from linearize.relay import Relay
 from linearize.runs import FitResult, FitSettings, Run
 from linearize.saving import Saver
 from linearize.schedules import learning_rate
@@ -216,7 +217,7 @@ def _share(stage: Stage, run: Run) -> Share:
         return Share(run.processes, (ordered,) * run.processes.count)
     layers = stage.by_layer()
     parts = share_of_layers(list(layers), run.processes, run.stage_index)
-    stage.take_layers(parts[run.processes.rank])
+    stage.take_layers(parts[run.processes.rank], Relay(parts, run.processes).own_layers)
     names = tuple(tuple(name for layer in part for name in layers[layer]) for part in parts)
     return Share(run.processes, names, by_layers=True)
 
@@ -237,12 +238,10 @@ def _trainable(stage: Stage, run: Run, share: Share) -> dict[str, nn.Parameter]:
 
 def _accelerator(device: torch.device, mixed_precision: str, processes: Processes) -> Accelerator:
     """An accelerator for the device the student already lies on."""
-    shared = AcceleratorState._shared_state
-    if shared and (AcceleratorState().mixed_precision, AcceleratorState().device.type) != (
-        mixed_precision,
-        device.type,
-    ):
-        # accelerate keeps one state a process and refuses another precision or device; a second stage may want one
+    # accelerate keeps one state a process and refuses another precision or device; a second stage may want one
+    elsewhere = PartialState._shared_state and PartialState().device.type != device.type
+    otherwise = AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed_precision
+    if elsewhere or otherwise:
         AcceleratorState._reset_state(reset_partial_state=processes.count == 1)
     accelerator = Accelerator(mixed_precision=mixed_precision, cpu=device.type == "cpu")
     if accelerator.num_processes != processes.count or accelerator.distributed_type not in DISTRIBUTED:

@@ -258,17 +258,17 @@ def main() -> None:
     if options.worker:
         work(options)
         return
+    cuda = options.device != "cpu" and torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if cuda else f"CPU with {os.cpu_count()} cores"
+    settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out")}
     found: list[Measured] = []
     for count in map(int, options.processes.split(",")):
         found += launch(count, options)
-    cuda = options.device != "cpu" and torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if cuda else f"CPU with {os.cpu_count()} cores"
-    rows = compare(found)
-    Console(width=140).print(table(rows, f"{options.shape}, T={options.length}, {options.recipe}, {device}"))
-    if options.out is not None:
-        settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out")}
-        content = {"device": device, "settings": settings, "versions": versions(), "measured": rows}
-        options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        content = {"device": device, "settings": settings, "versions": versions(), "measured": compare(found)}
+        if options.out is not None:  # after each number: a later one may fail
+            options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    title = f"{options.shape}, T={options.length}, {options.recipe}, {device}"
+    Console(width=140).print(table(compare(found), title))
 
 
 if __name__ == "__main__":

@@ -30,8 +30,10 @@ from linearize.errors import MainFailed, RunError, RunInterrupted
 from linearize.metrics import TIMING_FIELDS, read_metrics
 from linearize.pipeline import Conversion, convert
 from linearize.recipe import load_recipe
+from linearize.relay import Relay
 from linearize.stages.distil import Distil
 from linearize.stages.transfer import Transfer, TransferConfig
+from linearize.surgery import graft, plan_surgery
 
 QUIET = Console(quiet=True)
 TOLERANCE = 2e-5
@@ -282,3 +284,41 @@ def test_accelerate_takes_the_launch_files(job, alone, name):
     facts = json.loads((Path(options.out) / "run" / "run.json").read_text())
     assert (facts["processes"], facts["split"]) == (2, {"ddp": "data", "fsdp2": "fsdp"}[name])
     assert_same(alone, options.out)
+
+
+def test_every_layer_runs_on_one_process_and_trains_as_if_alone(make_teacher, packed_batch):
+    """Three processes, so that the one in the middle receives and hands on."""
+
+    def build() -> tuple[Transfer, list[int]]:
+        model, ran = make_teacher().requires_grad_(False), []
+        torch.manual_seed(0)
+        stage = Transfer(TransferConfig(tokens=1), graft(model, plan_surgery(model, load_recipe("hedgehog").mixer)))
+        for parameter in stage.trainable().values():
+            parameter.requires_grad_(True)
+        for number, layer in enumerate(stage.graft.layers()):
+            layer.get_submodule("mlp").register_forward_hook(lambda *_, number=number: ran.append(number))
+        return stage, ran
+
+    def run(rank: int) -> None:
+        dist.init_process_group("gloo")
+        alone, _ = build()
+        expected = alone.train_micro_batch(packed_batch, lambda loss: loss.backward())
+        stage, ran = build()
+        parts = share_of_layers([0, 1, 2], Processes(rank, 3), 0)
+        stage.take_layers(parts[rank], Relay(parts, Processes(rank, 3)).own_layers)
+        found = stage.train_micro_batch(packed_batch, lambda loss: loss.backward())
+        assert ran == [rank]
+        assert torch.equal(found[f"error/layer_0{rank}"], expected[f"error/layer_0{rank}"])
+        loss = found["loss"].clone()
+        dist.all_reduce(loss)
+        torch.testing.assert_close(loss, expected["loss"])
+        gradients = alone.by_layer()[rank]
+        for layer, parameters in stage.by_layer().items():
+            for name, parameter in parameters.items():
+                if layer == rank:
+                    assert torch.equal(parameter.grad, gradients[name].grad), name
+                else:
+                    assert parameter.grad is None
+        assert not any("forward" in vars(layer) for layer in stage.graft.layers())
+
+    assert together(3, run) == [0, 0, 0]

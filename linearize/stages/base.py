@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
@@ -189,6 +190,13 @@ class StageConfig(Config):
         """
 
 
+class PassEnds(Exception):
+    """Ends a pass through a teacher behind the last layer that this process runs."""
+
+
+OwnLayers = Callable[[Sequence[nn.Module]], AbstractContextManager[None]]
+
+
 class Stage(Protocol):
     """What `train.fit` needs of a stage."""
 
@@ -220,8 +228,11 @@ class Stage(Protocol):
         """What trains, by student layer, where layers train on their own; empty where they train together."""
         ...
 
-    def take_layers(self, layers: Sequence[int]) -> None:
-        """Train these layers only from now on; losses become this part's summands of the mean over all layers."""
+    def take_layers(self, layers: Sequence[int], own_layers: OwnLayers) -> None:
+        """Train these layers only from now on; losses become this part's summands of the mean over all layers.
+
+        Inside `own_layers(decoder layers)` a pass through the model runs a part of it and ends with PassEnds.
+        """
         ...
 
 

@@ -22,7 +22,7 @@ from linearize.families import ModelFamily
 from linearize.logits import head_of
 from linearize.losses import DistillationWeights, Heads, distillation_loss
 from linearize.spans import span
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
+from linearize.stages.base import Backward, Batch, OwnLayers, StageConfig, run_trunk, softmax_mask
 from linearize.stages.course import SteadyCourse
 from linearize.stages.parts import Part, trained_parameters
 from linearize.streaming import recompute
@@ -106,7 +106,7 @@ class Distil:
     def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
         return {}
 
-    def take_layers(self, layers: Sequence[int]) -> None:
+    def take_layers(self, layers: Sequence[int], own_layers: OwnLayers) -> None:
         raise AssertionError("layers train together")
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:

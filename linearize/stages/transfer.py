@@ -9,7 +9,7 @@ Shape legend in mixers/base.py.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -22,7 +22,7 @@ from linearize.config import Number
 from linearize.losses import attention_cross_entropy, hidden_distance, matrix_distance, output_mse, relative_error
 from linearize.mixers import HeadInputs, StudentMixer
 from linearize.spans import span
-from linearize.stages.base import Backward, Batch, StageConfig, run_trunk, softmax_mask
+from linearize.stages.base import Backward, Batch, OwnLayers, PassEnds, StageConfig, run_trunk, softmax_mask
 from linearize.stages.curriculum import TransferCourse, error_name, parameters_by_layer
 from linearize.stages.forcing import StudentForcing
 from linearize.stages.parts import Part, trained_parameters
@@ -163,8 +163,8 @@ class Goal(NamedTuple):
     mixed_BTHV: Tensor
 
 
-class _Enough(Exception):
-    """Ends the teacher's pass behind the last layer that this process trains."""
+def _all_layers(layers: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Transfer:
@@ -175,6 +175,7 @@ class Transfer:
     def __init__(self, config: TransferConfig, graft: Graft) -> None:
         self.config, self.graft = config, graft
         self.taken = frozenset(graft.students)
+        self.own_layers: OwnLayers = _all_layers
         self.course = TransferCourse(config, parameters_by_layer(graft, self.trainable()))
 
     def trainable(self) -> Mapping[str, nn.Parameter]:
@@ -183,14 +184,13 @@ class Transfer:
     def by_layer(self) -> Mapping[int, Mapping[str, nn.Parameter]]:
         return self.course.layers
 
-    def take_layers(self, layers: Sequence[int]) -> None:
-        self.taken = frozenset(layers)
+    def take_layers(self, layers: Sequence[int], own_layers: OwnLayers) -> None:
+        self.taken, self.own_layers = frozenset(layers), own_layers
 
     def train_micro_batch(self, batch: Batch, backward: Backward) -> Mapping[str, Tensor]:
         losses: list[Tensor] = []
         errors: dict[str, Tensor] = {}  # of each layer, by the name of its metric
         layers = len(self.graft.students)
-        last = max(self.taken) if len(self.taken) < layers else None
         forced, clean = self.course.draw_forced(), self._clean_goals(batch)
 
         def observe(teacher: StudentAttention, heads: HeadInputs, teacher_BTHV: Tensor) -> Tensor | None:
@@ -206,14 +206,13 @@ class Transfer:
                     backward(loss / layers)
             losses.append(loss.detach())
             errors[error_name(layer)] = answers.error.detach()
-            if layer == last:
-                raise _Enough
             return answers.student.answer(answers.student_BTHV.detach()) if layer in forced else None
 
         self._run_teacher(batch, observe)
         error_N = torch.stack(list(errors.values()))
         by_layer = dict(zip(errors, error_N.unbind(), strict=True))
-        count = len(errors) if last is None else layers  # parts of a mean over layers, on several processes
+        # a part of the mean over all layers where processes share them, the mean over those that still train elsewhere
+        count = layers if len(self.taken) < layers else len(errors)
         return {"loss": torch.stack(losses).sum() / count, "error": error_N.sum() / count, **by_layer}
 
     def _run_teacher(self, batch: Batch, observe: Observer) -> None:
@@ -222,7 +221,8 @@ class Transfer:
         try:
             for teacher in observed:
                 teacher.observer = observe
-            with suppress(_Enough), span("teacher"), torch.no_grad(), self.graft.as_teacher() as model:
+            own_layers = self.own_layers(self.graft.observed.decoder_layers)
+            with suppress(PassEnds), own_layers, span("teacher"), torch.no_grad(), self.graft.as_teacher() as model:
                 run_trunk(model, batch, softmax_mask(model, batch))
         finally:
             for teacher in observed:
