@@ -4,7 +4,7 @@
     python scripts/compare_generated.py --model smollm2 --generated generated.parquet --real train.parquet \
         --heldout heldout.parquet --tokens 2M --out runs/compare
 
-Both texts are cut to `--tokens` tokens of whole documents, in the order of `--seed`; both conversions use the same
+Both texts are cut to about `--tokens` tokens, their documents in the order of `--seed`; both conversions use the same
 recipe, budget and seed. Writes `<out>/compare.json` beside the two students; a finished student is not trained again.
 """
 
@@ -49,15 +49,18 @@ def main() -> None:
 
 
 def write_first(documents: Documents, encode: Encoder, tokens: int, seed: int, file: Path) -> int:
-    """Write the first documents of a seed's order that together have `tokens` tokens; how many they have."""
+    """Write the first documents of a seed's order that together have about `tokens` tokens; how many they have."""
     chosen: list[dict[str, Any]] = []
     found = 0
     for source, content in documents.read(seed):
-        found += sum(part.tokens.size for piece in pieces([(source, content)]) for part in encode([piece]))
+        size = sum(part.tokens.size for piece in pieces([(source, content)]) for part in encode([piece]))
         if isinstance(content, str):
+            content = content[: len(content) * (tokens - found) // size]  # of the last text, about what is missing
+            size = min(size, tokens - found)
             chosen.append({"source": source, "text": content})
         else:
             chosen.append({"source": source, "messages": [message._asdict() for message in content]})
+        found += size
         if found >= tokens:
             break
     pq.write_table(pa.Table.from_pylist(chosen), file)
