@@ -131,6 +131,8 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
         check_installed()
     local = [] if wanted.tasks_dir is None else read_tasks(wanted.tasks_dir, wanted.tasks or None, wanted.limit)
     surgery_of(wanted.folder)  # says what is wrong with the folder before a teacher is loaded
+    if wanted.out == Path(wanted.folder) and not wanted.out.is_dir():
+        raise RunError("is no local folder", place=wanted.folder, remedy="Say with --out where the rows go.")
     positions: int | None = AutoConfig.from_pretrained(wanted.folder).to_dict().get("max_position_embeddings")
     tokenizer = AutoTokenizer.from_pretrained(wanted.folder)
     machine = choose_machine(wanted.device, "auto")
