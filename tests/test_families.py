@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,21 @@ def test_a_student_with_softmax_as_its_mixer_is_its_teacher(family: str, make_to
         rest = model(ids[:, CUT:], past_key_values=start.past_key_values, use_cache=True).logits
     torch.testing.assert_close(torch.cat([start.logits, rest], 1), whole, rtol=1e-5, atol=1e-5)
     assert max(layer.recomputed for layer in read_layers(grafted, ids)) < 1e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_that_a_student_is_told_matters_in_these_teachers(family: str) -> None:
+    """The comparison above means something only where a wrong number changes the logits."""
+    plan = plan_surgery(tiny_teacher(family), ExactConfig(), replace_sliding=True)
+    told = [swap.shapes for swap in plan]
+    faults: list[list[dict[str, Any]]] = [[{"scaling": 1.5 * shapes.scaling} for shapes in told]]
+    for name, nothing in (("rotates", False), ("soft_cap", None), ("window", None)):
+        if any(getattr(shapes, name) != nothing for shapes in told):
+            faults.append([{name: nothing}] * len(told))
+    for fault in faults:
+        model = tiny_teacher(family)
+        wrong = tuple(replace(s, shapes=replace(s.shapes, **f)) for s, f in zip(plan, fault, strict=True))
+        assert difference_of_ways(model, partial(graft, model, wrong)) > 1e-2, fault[0]
 
 
 def test_a_teacher_never_drops_out() -> None:
