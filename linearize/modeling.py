@@ -135,8 +135,8 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
         def init_continuous_batching(self, *_arguments: Any, **_named: Any) -> NoReturn:
             """Refused here: transformers would log the mixers' errors and return empty answers (docs/serving.md)."""
             raise RuntimeError(
-                "a linear-attention student cannot run under continuous batching: it keeps pages of keys, and has no place "
-                "for a state per request; use generate() with left-padded batches"
+                "a linear-attention student cannot run under continuous batching, which keeps pages of keys and has no "
+                "place for a state per request; use generate() with left-padded batches"
             )
 
     Linearized.config_class = config_class

@@ -21,8 +21,6 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from linearize_kernels import linear_sums
-from linearize_kernels.gated_delta import gated_delta_rule
 from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor, nn
@@ -31,6 +29,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrained
 from linearize.cache import StudentCacheLayer
 from linearize.recipe import load_recipe, recipe_names
 from linearize.surgery import graft, plan_surgery
+from linearize_kernels import linear_sums
+from linearize_kernels.gated_delta import gated_delta_rule
 
 
 class Step(nn.Module):
@@ -61,7 +61,8 @@ def started(recipe_name: str) -> tuple[Step, list[Tensor]]:
     ids, cache = torch.arange(5, 25)[None], DynamicCache()
     model(ids[:, :19], past_key_values=cache, use_cache=True)
     states = [tensor.clone() for layer in cache.layers for tensor in layer.state]
-    return Step(model, [len(layer.state) for layer in cache.layers]).eval(), [ids[:, 19:], torch.tensor([[19]]), *states]
+    step = Step(model, [len(layer.state) for layer in cache.layers]).eval()
+    return step, [ids[:, 19:], torch.tensor([[19]]), *states]
 
 
 def export_step(recipe_name: str, folder: Path) -> str:
@@ -80,14 +81,13 @@ def export_step(recipe_name: str, folder: Path) -> str:
         return [torch.from_numpy(found) for found in session.run(None, fed)]
 
     first, expected = run(arguments), step(*arguments)
-    second, then = [torch.tensor([[7]]), torch.tensor([[20]])], [torch.tensor([[7]]), torch.tensor([[20]])]
-    again, expected_again = run([*second, *first[1:]]), step(*then, *expected[1:])
+    then = [torch.tensor([[7]]), torch.tensor([[20]])]
+    again, expected_again = run([*then, *first[1:]]), step(*then, *expected[1:])
     worst = [largest(a, b) for a, b in zip(first, expected, strict=True)]
     nodes = collections.Counter(node.op_type for node in program.model.graph)
-    return (
-        f"| {recipe_name} | {nodes.total()} | {program.model.opset_imports['']} | {worst[0]:.1e} | {max(worst[1:]):.1e} "
-        f"| {largest(again[0], expected_again[0]):.1e} |"
-    )
+    differences = (worst[0], max(worst[1:]), largest(again[0], expected_again[0]))
+    cells = [recipe_name, nodes.total(), program.model.opset_imports[""], *(f"{value:.1e}" for value in differences)]
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def largest(found: Tensor, expected: Tensor) -> float:
