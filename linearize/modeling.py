@@ -6,7 +6,7 @@ Registered with the Auto* classes when linearize is imported, so that
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -143,6 +143,13 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
             for module in self.modules():
                 if isinstance(module, StudentMixer):
                     _start_missing(module)
+
+        def init_continuous_batching(self, *_arguments: Any, **_named: Any) -> NoReturn:
+            """Refused here: transformers would log the mixers' errors and return empty answers (docs/serving.md)."""
+            raise RuntimeError(
+                "a linear-attention student cannot run under continuous batching, which keeps pages of keys and has no "
+                "place for a state per request; use generate() with left-padded batches"
+            )
 
     if family.soft_cap is not None:  # sdpa has no cap, which transformers before 5.23 did not say; then remove
         Linearized._supports_sdpa = False

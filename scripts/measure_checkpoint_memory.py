@@ -4,10 +4,9 @@
     python scripts/measure_checkpoint_memory.py --shape 8b --work /big/disk
 
 Random weights in bf16, written shard by shard; the disk needs room for them twice. Loading and exporting run in a
-process of their own. Printed are the process's peak resident memory, what it holds after its imports and before it
+process of their own. Printed are that process's peak resident memory, what it holds after its imports and before it
 loads anything, and (peak - imports) / weights, where `weights` are the bytes of the exported student. Resident memory
-counts pages of files that are mapped; `anonymous` leaves them out: the kernel takes mapped pages back when it needs
-them.
+counts pages of mapped files; `anonymous` leaves them out: the kernel takes mapped pages back when it needs them.
 """
 
 from __future__ import annotations

@@ -194,6 +194,12 @@ def test_trainer_tunes_a_student(
         assert torch.equal(logits(tuned, rows[0]["input_ids"][None]), logits(model.eval(), rows[0]["input_ids"][None]))
 
 
+def test_continuous_batching_is_refused_in_words(folder_of: Callable[[str], Path]) -> None:
+    """transformers would log an error for every request and return nothing for it."""
+    with pytest.raises(RuntimeError, match=r"cannot run under continuous batching.*left-padded batches"):
+        load_student(folder_of("lizard")).generate_batch([[5, 6, 7], [8]])
+
+
 @pytest.mark.skipif(find_spec("bitsandbytes") is None, reason="needs bitsandbytes")
 @pytest.mark.parametrize("mixer", RECIPES)
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_CUDA])])
