@@ -38,8 +38,6 @@ app = typer.Typer(
     "Start with: [bold]linearize convert --model smollm2 --recipe hedgehog --tokens 150k --out out/student[/bold]",
 )
 app.add_typer(recipes.app, name="recipes")
-app.command("speed")(speed.speed)
-app.command("report")(report.report)
 
 
 @app.command()
@@ -187,6 +185,10 @@ def doctor(
     else:
         out_console.print(doctor_report(findings))
     raise typer.Exit(0 if all(finding.passed for finding in findings) else 1)
+
+
+app.command("speed")(speed.speed)
+app.command("report")(report.report)
 
 
 def _show_version(asked: bool) -> None:
