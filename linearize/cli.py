@@ -40,14 +40,6 @@ app = typer.Typer(
     help="Convert pretrained Hugging Face transformers into linear-attention students.\n\n"
     "Start with: [bold]linearize convert --model smollm2 --recipe hedgehog --tokens 150k --out out/student[/bold]",
 )
-app.add_typer(recipes.app, name="recipes")
-app.command("cache-targets")(targets.cache_targets)
-app.command("families")(families.list_families)
-app.command("speed")(speed.speed)
-app.command("report")(report.report)
-app.command()(hub.push)
-app.add_typer(data_commands.app, name="data")
-app.command("eval")(evals.evaluate)
 
 
 @app.command()
@@ -226,6 +218,16 @@ def doctor(
     else:
         out_console.print(doctor_report(findings))
     raise typer.Exit(0 if all(finding.passed for finding in findings) else 1)
+
+
+app.command("eval")(evals.evaluate)
+app.command("speed")(speed.speed)
+app.command("report")(report.report)
+app.command()(hub.push)
+app.command("cache-targets")(targets.cache_targets)
+app.command("families")(families.list_families)
+app.add_typer(recipes.app, name="recipes")
+app.add_typer(data_commands.app, name="data")
 
 
 def _show_version(asked: bool) -> None:

@@ -233,6 +233,7 @@ def test_runs_are_compared_in_one_table_and_the_same_axes(run: Path, tmp_path: P
     assert "2 students compared" in html
     assert "15.0 (1.5)" in html
     assert "12.0 (1.2)" in html
+    assert html.count("<td>40,000</td>") == 2  # tokens of both runs
     numbers = json.loads((tmp_path / "both" / "report.json").read_text())
     (heldout,) = [chart for chart in numbers["charts"] if chart["key"] == "heldout"]
     assert [line["name"] for line in heldout["series"]] == ["whole", "other"]

@@ -91,7 +91,7 @@ def read_run(path: Path, name: str | None = None) -> RunFacts:
     facts = metrics or folder.facts()
     if not facts:
         raise RunError(
-            "holds neither metrics.json nor run/run.json, so there is nothing to report",
+            "holds neither metrics.json nor run/run.json, so there is nothing to report.",
             place=str(path),
             remedy="Give the --out folder of `linearize convert`.",
         )

@@ -34,7 +34,7 @@ def slug(key: str) -> str:
 
 def _legend(chart: Lines) -> Markup | None:
     series = plotted(chart)
-    if len(series) < 2:
+    if [line.name for line in series] == [chart.y_label]:
         return None
     return tag("ul", {"class": "keys"}, *(tag("li", None, legend_line(line), line.name) for line in series))
 

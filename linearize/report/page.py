@@ -23,7 +23,7 @@ from linearize.report.measured import (
 )
 from linearize.report.results import Measure, measures, recovered, task_pairs
 from linearize.report.svg import SHADES, TONES
-from linearize.report.training import training_charts
+from linearize.report.training import trained_tokens, training_charts
 
 Score = Literal["accuracy", "accuracy_norm"]
 
@@ -195,7 +195,7 @@ def _compared_top(runs: Sequence[RunFacts]) -> _Top:
     facts: list[tuple[str, list[str]]] = [
         ("recipe", [str(run.facts.get("recipe")) for run in runs]),
         ("layers replaced", [_layers(run).removeprefix("in ") for run in runs]),
-        ("training tokens", [f"{sum(s.get('tokens', 0) for s in run.results.get('stages', [])):,}" for run in runs]),
+        ("training tokens", [f"{trained_tokens(run):,}" for run in runs]),
         ("seed", [str(run.facts.get("seed")) for run in runs]),
         ("ended", ["yes" if run.finished else "no" for run in runs]),
     ]

@@ -24,6 +24,11 @@ def training_charts(runs: Sequence[RunFacts]) -> list[Chart]:
     return found
 
 
+def trained_tokens(run: RunFacts) -> int:
+    """So far, over all stages."""
+    return sum(records[-1]["tokens"] for records in _stages(run).values())
+
+
 def teacher_perplexity(run: RunFacts) -> dict[str, float]:
     """Of the teacher on held-out text, by source."""
     if "perplexity" in run.results:
