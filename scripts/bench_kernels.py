@@ -329,9 +329,11 @@ def main() -> int:
         print(shape, name, shown, flush=True)
         (out / "results.json").write_text(json.dumps(record, indent=1))
 
-    for shape, sizes in SHAPES.items():
-        for name, contender in contenders(sizes).items():
-            add(shape, name, contender)
+    for libraries in (False, True):  # flash-linear-attention last: it may tune itself for minutes
+        for shape, sizes in SHAPES.items():
+            for name, contender in contenders(sizes).items():
+                if name.startswith("fla") == libraries:
+                    add(shape, name, contender)
     curve: dict[str, dict[int, float]] = {}
     for length in CURVE:
         for name, contender in contenders((1, 16, 16, 64, length)).items():
