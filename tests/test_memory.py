@@ -46,14 +46,14 @@ def recipe_of(*overrides: str) -> Recipe:
 
 
 def living() -> int:
-    """Bytes of all CPU tensors that Python knows."""
+    """Bytes of all CPU tensors that Python knows, without what earlier tests left behind in cycles."""
+    gc.collect()
     found = (x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter) and x.device.type == "cpu")
     return sum({x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in found}.values())
 
 
 def peak_of(step: Callable[[], None]) -> int:
     """The most bytes that torch's allocator held during a call: what was there, and what its profiler saw."""
-    gc.collect()
     live = peak = living()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         step()
