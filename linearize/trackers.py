@@ -59,7 +59,8 @@ def _tensorboard(run: TrackedRun) -> GeneralTracker:
 def _wandb(run: TrackedRun) -> GeneralTracker:
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
-    return WandBTracker(PROJECT, name=run.name, id=run.identity, resume="allow", dir=str(run.folder))
+    bare = {"x_disable_meta": True}  # the command line, the host and its user
+    return WandBTracker(PROJECT, name=run.name, id=run.identity, resume="allow", dir=str(run.folder), settings=bare)
 
 
 def _trackio(run: TrackedRun) -> GeneralTracker:

@@ -10,7 +10,7 @@ rows as on one process) and weak scaling (as many rows a process). Printed, and 
     tokens/s     median over the steps but the first two, of the whole run
     efficiency   tokens/s over N times those of one process that trains the same (strong: rows a step, weak: a process)
     memory       peak of each process; on a CPU the resident set, which only grows from one measurement to the next
-    exchanging   share of the main process's time in collectives, waiting for others included (a profile of its own)
+    exchanging   share of the main process's time in collectives, waiting for others included; on GPUs only
     loss         largest relative difference from the losses of one process, strong scaling only
 
 NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
@@ -62,6 +62,9 @@ WAYS: tuple[tuple[str, Split], ...] = (
     ("distil", "data"),
     ("distil", "fsdp"),  # last: sharding cannot be undone
 )
+START: dict[str, torch.Tensor] = {}
+"""The student's weights before their first step, in this process."""
+
 WARMUP = 2
 PROFILED = 2
 EXCHANGES = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter", "reducescatter", "sendrecv")
@@ -78,7 +81,7 @@ class Measured:
     rows: int
     tokens_per_second: float
     memory_bytes: list[int]
-    exchanging: float
+    exchanging: float | None
     losses: list[float]
 
 
@@ -122,7 +125,11 @@ def stage_config(options: argparse.Namespace, stage: str, rows: int, steps: int)
 def train(grafted: Graft, config: StageConfig, processes: Processes, split: Split) -> tuple[list[float], list[float]]:
     """Train; the seconds and the losses of every step."""
     grafted.model.requires_grad_(False)
+    torch.manual_seed(0)
     stage = build_stage(config, grafted)
+    with torch.no_grad():  # every measurement starts from the same student
+        for name, parameter in student_parameters(grafted, [stage]).items():
+            parameter.copy_(START.setdefault(name, parameter.detach().clone()))
     with tempfile.TemporaryDirectory() as folder, MetricsLog(Path(folder) / "metrics.jsonl") as metrics:
         run = Run(
             out=Path(folder),
@@ -143,18 +150,17 @@ def train(grafted: Graft, config: StageConfig, processes: Processes, split: Spli
     return [record["seconds"] for record in records], [record["loss"] for record in records]
 
 
-def exchanging(grafted: Graft, config: StageConfig, processes: Processes, split: Split) -> float:
-    """Share of the steps' time in collectives, on the main process."""
-    if processes.count == 1:
-        return 0.0
-    cuda = grafted.model.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]) as seen:
+def exchanging(grafted: Graft, config: StageConfig, processes: Processes, split: Split) -> float | None:
+    """Share of the steps' time in NCCL's kernels, on the main process; None on a CPU, where gloo's threads hide it."""
+    if grafted.model.device.type != "cuda":
+        return None
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
         seconds, _ = train(grafted, config, processes, split)
     total = 0.0
     for event in seen.key_averages():
         name = event.key.lower()
-        if name.startswith("nccldev" if cuda else "gloo:") and any(word in name for word in EXCHANGES):
-            total += event.self_device_time_total if cuda else event.self_cpu_time_total
+        if name.startswith("nccldev") and any(word in name for word in EXCHANGES):
+            total += event.self_device_time_total
     return total / 1e6 / sum(seconds) if processes.main else 0.0  # who alone writes metrics.jsonl
 
 
@@ -231,7 +237,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
             f"{row['tokens_per_second']:,.0f}",
             "" if efficiency is None else f"{efficiency:.0%}",
             f"{max(row['memory_bytes']) / 1e9:.2f} GB",
-            f"{row['exchanging']:.0%}",
+            "" if row["exchanging"] is None else f"{row['exchanging']:.0%}",
             "" if difference is None else f"{difference:.0e}",
         )
     return shown

@@ -108,8 +108,9 @@ def test_steps_that_are_taken_again_replace_those_that_were_lost(tmp_path):
     assert run.step(1, 3) == 16 + 3
 
 
-def test_wandb_stays_offline_and_goes_on_with_its_run(job, tmp_path):
+def test_wandb_stays_offline_and_goes_on_with_its_run(job, tmp_path, monkeypatch):
     need("wandb")
+    monkeypatch.setattr("sys.argv", ["linearize", f"--token={SECRET}"])
     stopped_and_resumed(replace(job, track=("wandb",)))
     runs = sorted(path.name for path in (tmp_path / "student" / "run" / "wandb").glob("offline-run-*"))
     assert len(runs) == 2
