@@ -11,7 +11,8 @@ import pytest
 from linearize.errors import RunError
 from linearize.run_folder import SAME, RunFolder, open_run_folder, write_json
 
-FACTS = {"model": "m", "recipe_hash": "h", "text": {"name": "t", "epochs": 1.5}, "seed": 0, "command": "c"}
+TEXT = {"name": "t", "epochs": 1.5}
+FACTS = {"model": "m", "quantize": None, "recipe_hash": "h", "text": TEXT, "seed": 0, "command": "c"}
 
 
 def files(folder: Path) -> dict[str, bytes]:
