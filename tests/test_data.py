@@ -229,6 +229,25 @@ def test_hub_data_set(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "the recipe's default" in why
 
 
+def test_hub_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    FakeHub(monkeypatch, [{"prompt": "q", "prompt_id": "0", "messages": talk}, {"messages": talk[:1]}])
+    documents = open_documents("someone/chats", None)
+    assert list(documents) == [("chats", (("user", "q"), ("assistant", "a")))]
+    FakeHub(monkeypatch, [{"prompt": "q", "answer": "a", "n": 1}])
+    with pytest.raises(DataError, match="2 other columns that hold text; columns: prompt, answer, n"):
+        open_documents("someone/chats", None)
+
+
+def test_other_encodings_are_named_with_the_way_out(tmp_path: Path) -> None:
+    for name, encoding in {"UTF-16": "utf-16", "LATIN1": "latin-1"}.items():
+        (tmp_path / "a.txt").write_bytes("é".encode(encoding))
+        with pytest.raises(
+            DataError, match=rf"a\.txt: not UTF-8 text: byte 0x.. at byte 0\. .*iconv -f {name} -t UTF-8"
+        ):
+            list(open_documents(str(tmp_path), None))
+
+
 def refuse(hub_id: str) -> str:
     raise sources._hub_error(hub_id, ConnectionError("no route"))
 
