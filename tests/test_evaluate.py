@@ -237,5 +237,5 @@ def test_all_is_everything_that_the_student_has(folders: dict[str, str], monkeyp
     assert hybrid.diagnostics
     assert hybrid.recall == ("all",)
     assert hybrid.max_tokens == 16384
-    assert not (linear.probe or linear.positions or linear.diagnostics)
+    assert (linear.probe, linear.positions, linear.diagnostics) == (False, False, False)
     assert (linear.teacher, linear.max_tokens) == (None, 8192)
