@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from linearize.cli import main
+from linearize.evals.bench import Wanted
 from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import _spearman, diagnose, pair
 from linearize.evals.positions import departure, edges_of, position_rows, window_losses
@@ -138,7 +139,7 @@ def test_perplexity_positions_recall_and_probe_by_one_command(
     assert run(monkeypatch, *words) == 0  # all cells are there
 
 
-def test_diagnostics_of_both_and_all(
+def test_diagnostics_and_bad_input(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, folders["hedgehog"], "--diagnostics", "--out", str(tmp_path)) == 0
@@ -218,3 +219,23 @@ def test_tasks_of_a_folder(
     assert teacher.recovered is None
     assert student.paired_p is not None
     assert "McNemar" in capsys.readouterr().out
+
+
+def test_all_is_everything_that_the_student_has(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[Wanted] = []
+
+    def note(what: Wanted, _say: object) -> dict[str, list[object]]:
+        wanted.append(what)
+        return {}
+
+    monkeypatch.setattr("linearize.evaluate.evaluate", note)
+    assert run(monkeypatch, folders["lolcats"], "--all", "--text", folders["text.txt"], "--lengths", "512,16384") == 0
+    assert run(monkeypatch, folders["hedgehog"], "--all", "--no-teacher") == 0
+    hybrid, linear = wanted
+    assert hybrid.probe
+    assert hybrid.positions
+    assert hybrid.diagnostics
+    assert hybrid.recall == ("all",)
+    assert hybrid.max_tokens == 16384
+    assert (linear.probe, linear.positions, linear.diagnostics) == (False, False, False)
+    assert (linear.teacher, linear.max_tokens) == (None, 8192)

@@ -148,6 +148,7 @@ def test_bad_files(text: str, said: str, tmp_path: Path) -> None:
         read_tasks(tmp_path / "other", None, None)
 
 
+@pytest.mark.slow  # importing lm-eval takes as long as ten of the other tests
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm-eval is optional")
 def test_lm_eval_gives_the_same(
     folder: Path,
