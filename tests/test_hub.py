@@ -11,14 +11,16 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import torch
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, repocard
 from huggingface_hub.utils import _http
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize import pipeline, tables
 from linearize.card import PLACE, metadata, model_card
 from linearize.cli import main
 from linearize.errors import HubError
@@ -310,8 +312,15 @@ def test_the_token_is_nowhere(
         assert not any(token.encode() in content for content in [*written, *uploaded])
 
 
-def test_the_card_is_valid(hub: Hub, recipe: Recipe) -> None:
-    """By huggingface_hub's own reading; its validate() asks the hub."""
+def test_the_card_is_valid(hub: Hub, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By huggingface_hub's own reading; its validate() asks a hub, before its version 2 always the real one."""
+    session = repocard.get_session
+
+    class Here:
+        def post(self, url: str, **named: Any) -> Any:
+            return session().post(hub.endpoint + urlsplit(url).path, **named)
+
+    monkeypatch.setattr(repocard, "get_session", Here)
     card = ModelCard(model_card(recipe, METRICS, "user/student"))
     card.validate()
     data = card.data
@@ -335,3 +344,24 @@ def test_a_card_of_which_little_is_known(recipe: Recipe) -> None:
     assert said.keys() == {"library_name", "pipeline_tag", "tags"}
     card = ModelCard(model_card(recipe, metrics))
     assert "licence | unknown" in card.text
+
+
+def test_convert_and_push(
+    hub: Hub, student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """An account that may not write is refused before training; the student goes out after it."""
+    began: list[object] = []
+    monkeypatch.setattr(pipeline, "convert", lambda job, _console: began.append(job))
+    monkeypatch.setattr(tables, "conversion_report", lambda _result: "converted")
+    base = ["linearize", "convert", "--model", "smollm2", "--out", str(student), "--private", "--push"]
+    monkeypatch.setattr(sys, "argv", [*base, "stranger/student"])
+    assert main() == 2
+    assert "cannot write there" in " ".join(capfd.readouterr().err.split())
+    assert began == []
+    monkeypatch.setattr(sys, "argv", [*base, "user/student"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 0
+    assert len(began) == 1
+    assert hub.repos["user/student"].private
+    assert "config.json" in hub.repos["user/student"].branches["main"]
