@@ -12,8 +12,6 @@ from rich.table import Table
 
 from linearize.audit import Audit
 from linearize.doctor import Finding
-from linearize.evals.crossover import Cost, crossover
-from linearize.evals.records import SpeedRow
 from linearize.evals.samples import PROMPT
 from linearize.families import ModelFamily
 from linearize.memory import StageMemory
@@ -199,29 +197,6 @@ def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}"
-
-
-def speed_report(rows: Sequence[SpeedRow]) -> RenderableType:
-    """One line a model, task and length; the crossings below."""
-    table = _table("Time (median) and memory", "task", "length", "model", "ms", "tokens/s", "peak memory", "state")
-    table.add_column("with", justify="left")
-    for row in sorted(rows, key=lambda row: (row.mode != "prefill", row.length, row.model)):
-        memory = "-" if row.peak_memory_bytes is None else _bytes(row.peak_memory_bytes)
-        state = "-" if row.state_bytes is None else _bytes(row.state_bytes)
-        timing = ("out of memory", "-")
-        if row.seconds is not None and row.tokens_per_second is not None:
-            timing = f"{1e3 * row.seconds:,.2f}", f"{row.tokens_per_second:,.0f}"
-        how = f"{row.dtype}, {row.attention}{', CUDA graph' if row.cuda_graph else ''}"
-        table.add_row(row.mode, f"{row.length:,}", row.model, *timing, memory, state, escape(how))
-    wanted: list[tuple[str, str, Cost]] = [
-        ("prefill time", "prefill", "seconds"),
-        ("decoding time", "decode", "seconds"),
-        ("decoding memory", "decode", "peak_memory_bytes"),
-        ("decoding state", "decode", "state_bytes"),
-    ]
-    found = ((name, crossover(rows, mode, cost)) for name, mode, cost in wanted)
-    lines = [f"{name}: {crossed.in_words()}" for name, crossed in found if crossed is not None]
-    return Group(table, *lines)
 
 
 def doctor_report(findings: Sequence[Finding]) -> RenderableType:

@@ -197,7 +197,8 @@ def test_the_page_says_what_was_measured(html: str) -> None:
         "tiny → lizard", "in 3 of 6 layers", "ab12", "cd34", "ef56", "mit", "20,000 tokens of length 64",
         "Held-out perplexity, student over teacher", "error of each layer", "Branch probe", BRANCHES[0],
         # accuracy, recovered share, and that beyond chance
-        "60.0 % ± 2.0 %", "85.7 %", "50.0 %", "piqa, by length", "12.3", ">0.03<",
+        "60.0 % ± 2.0 %", "85.7 %", "50.0 %", "piqa, by length",
+        "12 questions a point", "12.3", ">0.03<",
         "Out of memory: teacher at 1,024", "smaller from about 100 tokens on", "linearize measure it",
         "Perplexity, held-out, 64 tokens", ">1.5<",
     )  # fmt: skip

@@ -166,8 +166,8 @@ def test_the_command_prints_a_table(folders: tuple[Path, Path]) -> None:
     options = ["--lengths", "8,16", "--decode", "2", "--repeats", "1", "--device", "cpu"]
     result = CliRunner().invoke(app, ["speed", str(student), "--teacher", str(teacher), *options])
     assert result.exit_code == 0, result.output
-    assert "prefill time" in result.output
-    assert "decoding state" in result.output
+    assert "Time to first token: " in result.output
+    assert "Decoding state: " in result.output
 
 
 def speeds(student: dict[int, float], teacher: dict[int, float]) -> list[SpeedRow]:

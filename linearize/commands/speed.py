@@ -31,7 +31,7 @@ def speed(
     """
     from linearize.evals.speed import SpeedSettings, measure_speed
     from linearize.evaluate import parse_lengths, teacher_of
-    from linearize.tables import speed_report
+    from linearize.report.terminal import speed_report
 
     settings = SpeedSettings(
         lengths=tuple(sorted(set(parse_lengths(lengths)))), batch=batch, decode=decode, repeats=repeats, graphs=graphs

@@ -87,6 +87,8 @@ def measure_speed(
         LinearizeError: for a folder, a teacher or a device that cannot be used.
     """
     machine = choose_machine(device, "auto")
+    if machine.device.type == "cuda":
+        torch.cuda.set_device(machine.device)  # streams, events and graphs belong to the current one
     subjects = _subjects(folder, teacher, machine, settings, say)
     made = Made(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),

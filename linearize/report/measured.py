@@ -114,7 +114,7 @@ def _recall(key: str, title: str, task: str, runs: Sequence[RunFacts], speakers:
         return Point(length, share, math.sqrt(share * (1 - share) / count))
 
     series = lines(speakers, rows, point)
-    asked = [row for voice in speakers for row in voice.run.recall if row.task == task]
+    asked = [r for voice in speakers for r in voice.run.recall if (r.model, r.task) == (voice.model, task)]
     return Lines(
         key,
         title,

@@ -12,7 +12,7 @@ from linearize.evals.records import TaskRow
 from linearize.report.charts import FORMATS, Chart
 from linearize.report.facts import RunFacts
 from linearize.report.figures import figures, slug, table
-from linearize.report.markup import Child, Markup, tag
+from linearize.report.markup import Child, Markup, join, tag
 from linearize.report.measured import (
     COSTS,
     diagnostic_charts,
@@ -173,7 +173,8 @@ def _cell(measure: Measure, value: float | None, error: float | None) -> str:
     shown = FORMATS[measure.format](value)
     if error is None:
         return shown
-    return f"{shown} ± {f'{error:.2g}' if measure.format == 'exact' else FORMATS[measure.format](error)}"
+    told = f"{error:.2g}" if measure.format == "exact" else FORMATS[measure.format](error)
+    return join([shown, " ", tag("small", None, f"± {told}")])
 
 
 def _result_table(found: Sequence[Measure]) -> Markup:
@@ -222,7 +223,7 @@ def _compared_top(runs: Sequence[RunFacts]) -> _Top:
 
 def _with_ratio(measure: Measure) -> str:
     shown = _cell(measure, measure.student, measure.student_error)
-    return shown if measure.ratio is None else f"{shown} ({measure.ratio:.3g})"
+    return shown if measure.ratio is None else join([shown, f" ({measure.ratio:.3g})"])
 
 
 def _conversion(run: RunFacts) -> Markup:
