@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,7 +42,7 @@ from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import write_json
 from linearize.stages import Batch, Stage, build_stage, student_parameters
 from linearize.stages.base import run_trunk, softmax_mask
-from linearize.streaming import stream_layers
+from linearize.streaming import recompute, stream_layers
 from linearize.surgery import Graft, graft, plan_surgery
 from linearize.train import FitSettings, Run, fit
 
@@ -207,14 +208,17 @@ def measure_teacher(model: PreTrainedModel, batch: Batch, settings: Settings) ->
         return median_seconds(lambda: model.model(attention_mask=mask_B1TT, **arguments), settings)
 
 
-def measure_student(grafted: Graft, stage: Stage, batch: Batch, settings: Settings) -> float:
-    """Seconds of the student's forward and backward alone."""
+def measure_student(grafted: Graft, stage: Stage, batch: Batch, recomputed: bool, settings: Settings) -> float:
+    """Seconds of the student's forward and backward alone, recomputed as in the stage."""
     mask_B1TT = softmax_mask(grafted.model, batch)
     trained = list(stage.trainable().values())
 
     def step() -> None:
-        with torch.autocast(
-            batch.input_ids_BT.device.type, torch.bfloat16, enabled=settings.machine.precision == "bf16"
+        with (
+            torch.autocast(
+                batch.input_ids_BT.device.type, torch.bfloat16, enabled=settings.machine.precision == "bf16"
+            ),
+            recompute(grafted.decoder_layers) if recomputed else nullcontext(),
         ):
             hidden_BTD = run_trunk(grafted.model, batch, mask_B1TT)
         hidden_BTD.float().sum().backward()
@@ -270,7 +274,9 @@ def measure(case: Case, settings: Settings) -> Iterator[dict[str, Any]]:
         stages.append(build_stage(stage_config, grafted))
         ideal: float | None = teacher
         if stage_config.kind == "distil":  # streamed layers have no backward pass without being recomputed
-            alone = None if case.streamed else measure_student(grafted, stages[index], batch, settings)
+            alone = None
+            if not case.streamed:
+                alone = measure_student(grafted, stages[index], batch, case.recomputed, settings)
             ideal = None if alone is None else teacher + alone
         found = measure_stage(index, stages, grafted, batches, settings)
         if stream is not None and settings.machine.device.type == "cpu":
