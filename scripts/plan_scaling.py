@@ -153,7 +153,7 @@ def table(work: Work, each: int, counts: list[int], budget: float) -> Iterator[s
     yield f"\n**{work.name}, {work.stage}**, {each} micro-batch{'es' * (each > 1)} a GPU and step\n"
     yield "| split | N | tokens a step | sent a GPU and step | link, s | step, s | efficiency | GiB a GPU | hours |"
     yield "|---|---|---|---|---|---|---|---|---|"
-    for way in WAYS[work.stage]:
+    for way in WAYS[work.stage] if each == 1 else ("layers",):  # the others only repeat themselves
         for count in counts:
             found, tokens = estimate(work, way, count, each), each * count * work.tokens
             why = obstacle(work, way, found, count)
