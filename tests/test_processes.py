@@ -150,6 +150,15 @@ def test_two_processes_equal_one(job, alone, split):
     assert (facts["processes"], facts["split"], facts["micro_batches"]) == (2, split, [2, 2])
 
 
+@pytest.mark.parametrize("split", ["data", "layers"])
+def test_two_processes_that_stream_layers_equal_one(job, alone, split):
+    def run(rank: int) -> None:
+        convert(job("many", split=split, stream_layers=True), QUIET)
+
+    assert together(2, run) == [0, 0]
+    assert_same(alone, job("many").out)
+
+
 def stopping(stage: type, call: int, rank: int, number: signal.Signals) -> None:
     """In this process, send a signal within a micro-batch of the stage."""
     train, calls = stage.train_micro_batch, []  # type: ignore[attr-defined]
