@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from linearize.families import family_of
 from linearize.live_memory import BLOCK, LiveMemory
 from linearize.machine import DTYPES, Precision
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages
-from linearize.surgery import EveryNth, Graft, graft, plan_surgery, with_frozen_teacher
+from linearize.surgery import EveryNth, Graft, base_model_type, graft, plan_surgery, sliding_layers, with_frozen_teacher
+from linearize.teacher import choose_attention
 from linearize_kernels import backend
 
 CUBLAS_BYTES = 2 * 32 * 2**20
@@ -77,8 +79,9 @@ def predict_memory(config: PreTrainedConfig, recipe: Recipe, target: Target) -> 
         LinearizeError: as the conversion would, for the surgery and the recipe.
     """
     depth: int = config.num_hidden_layers
-    small, large = _depths(recipe, depth)
-    resident = _resident(_build(config, recipe, target, depth), recipe, target)
+    whole = _build(config, recipe, target, depth)
+    small, large = _depths(recipe, whole)
+    resident = _resident(whole, recipe, target)
     traced = [_trace(_build(config, recipe, target, layers), recipe, target) for layers in sorted({small, large})]
     found = []
     for index, stage in enumerate(recipe.stages):
@@ -93,13 +96,25 @@ def predict_memory(config: PreTrainedConfig, recipe: Recipe, target: Target) -> 
     return found
 
 
+def unpredictable(config: PreTrainedConfig, target: Target) -> str:
+    """Why the memory of such a teacher cannot be predicted; empty where it can.
+
+    Experts in fp32 pick their rows by what is in them, and tensors without memory have nothing in them.
+    """
+    experts = not {"num_experts", "num_local_experts"}.isdisjoint(config.to_dict())
+    return "experts in fp32 cannot be traced without computing" if experts and target.precision == "fp32" else ""
+
+
 Peaks = dict[str, dict[str, int]]
 """Of each part of a step, what lives at its own peak, by the part that made it."""
 
 
-def _depths(recipe: Recipe, depth: int) -> tuple[int, int]:
+def _depths(recipe: Recipe, whole: Graft) -> tuple[int, int]:
     """Two depths, whole numbers of the pattern of replaced layers; the same one twice: trace all of it."""
-    keep = recipe.keep_softmax
+    keep, depth = recipe.keep_softmax, len(whole.decoder_layers)
+    family = family_of(base_model_type(whole.model))
+    if family.reads_layer_types or family.rope_layers is not None or sliding_layers(whole.model):
+        return depth, depth  # the configuration has patterns of its own
     period = 2 if keep == "none" else keep.every if isinstance(keep, EveryNth) else depth
     return (depth, depth) if 2 * period >= depth else (period, 2 * period)
 
@@ -116,9 +131,11 @@ def _deepen(one: Peaks, two: Peaks, depths: tuple[int, int, int]) -> Peaks:
 
 def _build(config: PreTrainedConfig, recipe: Recipe, target: Target, layers: int) -> Graft:
     """The grafted model on the meta device, with so many layers."""
-    config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    if layers != config.num_hidden_layers:
+        config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    chosen, _ = choose_attention(config, DTYPES[target.precision], torch.device("cpu"), None)  # without flash-attn
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[target.precision], attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[target.precision], attn_implementation=chosen)
     model.eval().requires_grad_(False)
     plan = plan_surgery(model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     check_stages(recipe.stages, plan)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from linearize.families import FAMILIES
 from linearize.live_memory import LiveMemory
-from linearize.memory import Target, predict_memory
+from linearize.memory import Target, predict_memory, unpredictable
 from linearize.mixers import MIXERS
 from linearize.planning import Prediction, predict_conversion, prediction_target
 from linearize.recipe import Recipe, load_recipe
@@ -25,6 +26,7 @@ from linearize.stages.distil import DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import graft, plan_surgery, with_frozen_teacher
 from linearize.tables import prediction_report
+from tests.tiny_families import tiny_teacher
 
 CPU = Target("cpu", "fp32")
 SIZES: dict[str, Any] = {
@@ -173,3 +175,16 @@ def test_a_prediction_needs_a_configuration_alone(tmp_path: Any) -> None:
     assert "two streamed layers" in text
     assert "0 transfer" in text
     assert "together" in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_predicted_or_refused(family: str) -> None:
+    """Patterns of sliding and unrotated layers, caps that sdpa lacks, experts."""
+    model = tiny_teacher(family)
+    if unpredictable(model.config, CPU):
+        assert family in ("mixtral", "qwen3_moe")
+        return
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for stage in predict_memory(model.config, recipe_of("keep_softmax=[2]"), CPU):
+        assert stage.terms["base weights"] >= weights
+        assert stage.peak > weights
