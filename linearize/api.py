@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from linearize.pipeline import Converted
+    from linearize.measuring import Converted
     from linearize.recipe import Recipe
 
 # What a function needs is imported when it is called: `import linearize` is what loading a student needs, no more.
@@ -72,7 +72,7 @@ def convert(
     """
     from rich.console import Console
 
-    from linearize.pipeline import Conversion
+    from linearize.job import Conversion
     from linearize.pipeline import convert as run_conversion
 
     job = Conversion(

@@ -14,8 +14,8 @@ from linearize.audit import Audit
 from linearize.doctor import Finding
 from linearize.evals.samples import PROMPT
 from linearize.families import ModelFamily
+from linearize.measuring import Converted
 from linearize.memory import StageMemory
-from linearize.pipeline import Converted
 from linearize.planning import Plan, Prediction
 from linearize.recipe import Recipe
 

@@ -16,8 +16,9 @@ from rich.console import Console
 
 from linearize.checkpoint import STUDENT, TRAINER, list_checkpoints, load_latest
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
+from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.run_folder import open_run_folder
 from linearize.stages.transfer import Transfer
 
