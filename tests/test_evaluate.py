@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,13 +14,17 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from linearize.attention import StudentAttention
 from linearize.cli import main
+from linearize.evals import subjects
 from linearize.evals.bench import Wanted
 from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import _spearman, diagnose, pair
 from linearize.evals.positions import departure, edges_of, position_rows, window_losses
 from linearize.evals.records import BRANCHES, DiagnosticRow, PositionRow, RecallRow, TaskRow, read_rows
 from linearize.export import export_student
+from linearize.machine import choose_machine
+from linearize.mixers.swa import SwaConfig
 from linearize.recipe import load_recipe
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
@@ -182,6 +187,23 @@ def test_a_window_over_everything_is_its_teacher(folders: dict[str, str]) -> Non
         assert abs(values[layer, "attention_kl"]) < 1e-5
         assert values[layer, "monotonicity"] == pytest.approx(1, abs=1e-6)
         assert values[layer, "student_entropy"] == pytest.approx(values[layer, "teacher_entropy"], rel=1e-4)
+
+
+def test_students_in_the_place_of_sliding_layers(
+    make_teacher: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes part in an evaluation is grafted where the student is, also where the teacher slides already."""
+    model = make_teacher("mistral", sliding_window=16)
+    recipe = load_recipe("lolcats", ["mixer.window=8"])
+    grafted = graft(model, plan_surgery(model, recipe.mixer, replace_sliding=True))
+    model.config.linearize = {"mixer": recipe.mixer.model_dump(mode="json"), "layers": [0, 1, 2]}
+    teacher = make_teacher("mistral", sliding_window=16)
+    assert pair(model, teacher).observed.students.keys() == grafted.students.keys()
+    loaded = SimpleNamespace(model=make_teacher("mistral", sliding_window=16))
+    monkeypatch.setattr(subjects, "load_teacher", lambda *_, **__: loaded)
+    with subjects._windowed("mistral", choose_machine("cpu", "fp32"), SwaConfig(window=8), (0, 2)) as windowed:
+        students = [module.layer_idx for module in windowed.modules() if isinstance(module, StudentAttention)]
+    assert students == [0, 2]
 
 
 def test_rank_correlation_has_mean_ranks_for_ties() -> None:

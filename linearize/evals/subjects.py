@@ -125,5 +125,6 @@ def _student(folder: str, machine: Machine, branch: Branch | None) -> Iterator[P
 def _windowed(name: str, machine: Machine, swa: SwaConfig, layers: tuple[int, ...]) -> Iterator[PreTrainedModel]:
     model = load_teacher(name, dtype=machine.dtype, device=machine.device).model
     count: int = model.config.num_hidden_layers
-    graft(model, plan_surgery(model, swa, tuple(index for index in range(count) if index not in layers)))
+    kept = tuple(index for index in range(count) if index not in layers)
+    graft(model, plan_surgery(model, swa, kept, replace_sliding=True))  # the student's layers, whatever they were
     yield model.eval()
