@@ -296,7 +296,7 @@ def test_every_layer_runs_on_one_process_and_trains_as_if_alone(make_teacher, pa
         stage = Transfer(TransferConfig(tokens=1), graft(model, plan_surgery(model, load_recipe("hedgehog").mixer)))
         for parameter in stage.trainable().values():
             parameter.requires_grad_(True)
-        for number, layer in enumerate(stage.graft.layers()):
+        for number, layer in enumerate(stage.graft.decoder_layers):
             layer.get_submodule("mlp").register_forward_hook(lambda *_, number=number: ran.append(number))
         return stage, ran
 
@@ -320,6 +320,6 @@ def test_every_layer_runs_on_one_process_and_trains_as_if_alone(make_teacher, pa
                     assert torch.equal(parameter.grad, gradients[name].grad), name
                 else:
                     assert parameter.grad is None
-        assert not any("forward" in vars(layer) for layer in stage.graft.layers())
+        assert not any("forward" in vars(layer) for layer in stage.graft.decoder_layers)
 
     assert together(3, run) == [0, 0, 0]
