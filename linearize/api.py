@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from linearize.pipeline import Converted
+    from linearize.measuring import Converted
     from linearize.recipe import Recipe
 
 # What a function needs is imported when it is called: `import linearize` is what loading a student needs, no more.
@@ -37,6 +37,8 @@ def convert(
     quantize: str | None = None,
     targets: str | Path | None = None,
     compile: bool = False,
+    profile: bool = False,
+    stream_layers: bool = False,
     keep: int = 2,
     save_every: float = 120.0,
     split: str | None = None,
@@ -61,6 +63,8 @@ def convert(
         quantize: load the teacher's weights in `"4bit"` or `"8bit"` (needs bitsandbytes).
         targets: folder of cached teacher targets, for stages with `top_k`; see `linearize cache-targets`.
         compile: compile the mixers for training; faster on many GPUs.
+        profile: trace a few steps of each stage into `out/run/profile`.
+        stream_layers: keep frozen layers in host memory, on the GPU only while they compute.
         keep: how many checkpoints stay.
         save_every: seconds between checkpoints, at most.
         split: how the processes of `accelerate launch` or torchrun share the work: `"data"`, `"layers"` or `"fsdp"`.
@@ -72,7 +76,7 @@ def convert(
     """
     from rich.console import Console
 
-    from linearize.pipeline import Conversion
+    from linearize.job import Conversion
     from linearize.pipeline import convert as run_conversion
 
     job = Conversion(
@@ -90,6 +94,8 @@ def convert(
         quantize=quantize,
         targets=targets,
         compile=compile,
+        profile=profile,
+        stream_layers=stream_layers,
         keep=keep,
         save_every=save_every,
         split=split,

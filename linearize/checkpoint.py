@@ -16,7 +16,6 @@ import json
 import logging
 import os
 import platform
-import random
 import re
 import shutil
 from collections.abc import Mapping
@@ -25,7 +24,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-import numpy as np
 import torch
 from pydantic import Field, ValidationError
 from safetensors import SafetensorError
@@ -34,6 +32,7 @@ from torch import Tensor
 
 from linearize.config import Config
 from linearize.errors import RunError
+from linearize.randomness import RngState
 
 log = logging.getLogger(__name__)
 
@@ -41,15 +40,6 @@ STUDENT, TRAINER, STATE, MANIFEST = "student.safetensors", "trainer.pt", "state.
 _NAME = re.compile(r"stage(\d+)-step(\d+)")
 _TEMPORARY = ".tmp-"
 _PACKAGES = ("linearize", "torch", "transformers", "accelerate", "safetensors", "numpy")
-
-
-class RngState(TypedDict):
-    """The random states of this process, as plain tensors and numbers so that weights_only=True loads them."""
-
-    python: tuple[int, tuple[int, ...], float | None]
-    numpy: dict[str, Any]
-    torch: Tensor
-    cuda: list[Tensor]
 
 
 class TrainerState(TypedDict):
@@ -115,40 +105,6 @@ class Checkpoint:
 
     folder: Path
     state: RunState
-
-
-def seed_all(seed: int, stage_index: int, micro_batch: int | None = None) -> None:
-    """Seed python, numpy and torch (all devices) for one stage of a run, or for one of its micro-batches."""
-    words = [seed, stage_index] if micro_batch is None else [seed, stage_index, micro_batch]
-    word = int(np.random.SeedSequence(words).generate_state(1)[0])
-    random.seed(word)
-    np.random.seed(word)
-    torch.manual_seed(word)
-
-
-def get_rng_state() -> RngState:
-    """The states of python, numpy, torch on the CPU and torch on every CUDA device (none if CUDA is not in use)."""
-    legacy: Any = np.random.get_state(legacy=False)
-    return {
-        "python": random.getstate(),
-        "numpy": {**legacy, "state": {**legacy["state"], "key": torch.from_numpy(legacy["state"]["key"].copy())}},
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
-    }
-
-
-def set_rng_state(state: RngState) -> None:
-    """Put back what `get_rng_state` returned. Warns where this machine has another number of CUDA devices."""
-    version_, keys, gauss_next = state["python"]
-    random.setstate((version_, tuple(keys), gauss_next))
-    legacy = state["numpy"]
-    np.random.set_state({**legacy, "state": {**legacy["state"], "key": legacy["state"]["key"].numpy()}})
-    torch.set_rng_state(state["torch"])
-    devices = torch.cuda.device_count() if state["cuda"] else 0
-    if len(state["cuda"]) != devices:
-        log.warning("random states of %d CUDA devices were saved, %d are here", len(state["cuda"]), devices)
-    for index, cuda_state in enumerate(state["cuda"][:devices]):
-        torch.cuda.set_rng_state(cuda_state, index)
 
 
 def checkpoints_folder(out: Path) -> Path:

@@ -101,7 +101,7 @@ def convert(
 
     The result is an ordinary Hugging Face folder. Ctrl-C saves; the same command with --resume goes on.
     """
-    from linearize.pipeline import Conversion
+    from linearize.job import Conversion
     from linearize.pipeline import convert as run_conversion
     from linearize.tables import conversion_report
 

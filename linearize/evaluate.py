@@ -29,7 +29,7 @@ from linearize.evals.diagnostics import diagnose, pair
 from linearize.evals.positions import WindowLosses, perplexity_row, position_rows, window_losses
 from linearize.evals.recall import Answered, Questions, ask, find_tasks
 from linearize.evals.records import DiagnosticRow, Made, RecallRow, TaskRow, write_rows
-from linearize.evals.subjects import STUDENT, TEACHER, Subject, find_subjects, lazily, surgery_of
+from linearize.evals.subjects import STUDENT, TEACHER, Subject, find_subjects, last_position, lazily, surgery_of
 from linearize.evals.tasks.compare import compared
 from linearize.evals.tasks.harness import check_installed, run_local, run_named
 from linearize.evals.tasks.rows import LocalTask, read_tasks
@@ -133,7 +133,9 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
     surgery_of(wanted.folder)  # says what is wrong with the folder before a teacher is loaded
     if wanted.out == Path(wanted.folder) and not wanted.out.is_dir():
         raise RunError("is no local folder", place=wanted.folder, remedy="Say with --out where the rows go.")
-    positions: int | None = AutoConfig.from_pretrained(wanted.folder).to_dict().get("max_position_embeddings")
+    config = AutoConfig.from_pretrained(wanted.folder)
+    _check_positions(wanted, last_position(config))
+    positions: int = config.max_position_embeddings
     tokenizer = AutoTokenizer.from_pretrained(wanted.folder)
     machine = choose_machine(wanted.device, "auto")
     bench = Bench(wanted, machine, tokenizer, Cells(wanted.out), say, positions)
@@ -149,6 +151,21 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
         named = ", ".join(f"{length:,}" for length in far)
         say(f"Lengths {named} are beyond the {positions:,} positions that the teacher was trained for.")
     return bench, local
+
+
+def _check_positions(wanted: Wanted, last: int | None) -> None:
+    """Refuse lengths that a family with a table of positions cannot read at all.
+
+    Raises:
+        DataError: naming them.
+    """
+    wrong = [f"{length:,}" for length in wanted.lengths if last is not None and length > last]
+    if wrong and (wanted.recall or wanted.text is not None):
+        raise DataError(
+            f"{', '.join(wrong)} tokens: the model has learned {last:,} positions and can read no more",
+            place="--lengths",
+            remedy="Choose shorter ones.",
+        )
 
 
 def _losses(bench: Bench, subject: Subject, model_of: ModelOf) -> Iterator[tuple[tuple[str, str, int], WindowLosses]]:

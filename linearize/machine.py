@@ -16,6 +16,7 @@ from linearize.errors import RunError
 
 Precision = Literal["fp32", "bf16"]
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIXED: dict[Precision, Literal["no", "bf16"]] = {"fp32": "no", "bf16": "bf16"}
 
 _WORTH_IT = 1.2  # bf16 must beat fp32 by this factor on a CPU
 _VERSIONED = ("torch", "transformers", "peft", "accelerate")
@@ -33,6 +34,11 @@ class Machine:
     def dtype(self) -> torch.dtype:
         """Of the frozen base weights. Mixers, adapters and their optimiser are fp32 in any case."""
         return DTYPES[self.precision]
+
+    @property
+    def mixed_precision(self) -> Literal["no", "bf16"]:
+        """How training computes: `bf16` runs forwards under autocast."""
+        return MIXED[self.precision]
 
     @property
     def name(self) -> str:

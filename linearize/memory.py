@@ -19,11 +19,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from linearize.families import FAMILIES
 from linearize.live_memory import BLOCK, LiveMemory
 from linearize.machine import DTYPES, Precision
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages
 from linearize.surgery import EveryNth, Graft, graft, plan_surgery, with_frozen_teacher
+from linearize.teacher import choose_attention
 from linearize_kernels import backend
 
 CUBLAS_BYTES = 2 * 32 * 2**20
@@ -77,7 +79,7 @@ def predict_memory(config: PreTrainedConfig, recipe: Recipe, target: Target) -> 
         LinearizeError: as the conversion would, for the surgery and the recipe.
     """
     depth: int = config.num_hidden_layers
-    small, large = _depths(recipe, depth)
+    small, large = _depths(config, recipe)
     resident = _resident(_build(config, recipe, target, depth), recipe, target)
     traced = [_trace(_build(config, recipe, target, layers), recipe, target) for layers in sorted({small, large})]
     found = []
@@ -93,15 +95,37 @@ def predict_memory(config: PreTrainedConfig, recipe: Recipe, target: Target) -> 
     return found
 
 
+def unpredictable(config: PreTrainedConfig, target: Target) -> str:
+    """Why the memory of such a teacher cannot be predicted; empty where it can.
+
+    Experts in fp32 pick their rows by what is in them, and tensors without memory have nothing in them.
+    """
+    experts = not {"num_experts", "num_local_experts"}.isdisjoint(config.to_dict())
+    return "experts in fp32 cannot be traced without computing" if experts and target.precision == "fp32" else ""
+
+
 Peaks = dict[str, dict[str, int]]
 """Of each part of a step, what lives at its own peak, by the part that made it."""
 
 
-def _depths(recipe: Recipe, depth: int) -> tuple[int, int]:
-    """Two depths, whole numbers of the pattern of replaced layers; the same one twice: trace all of it."""
-    keep = recipe.keep_softmax
-    period = 2 if keep == "none" else keep.every if isinstance(keep, EveryNth) else depth
-    return (depth, depth) if 2 * period >= depth else (period, 2 * period)
+def _depths(config: PreTrainedConfig, recipe: Recipe) -> tuple[int, int]:
+    """Two depths, some periods of the pattern of layers apart; the same one twice: trace all of it."""
+    depth, keep = config.num_hidden_layers, recipe.keep_softmax
+    if isinstance(keep, tuple):
+        return depth, depth
+    every = keep.every if isinstance(keep, EveryNth) else 1
+    lists = list(_by_layer(config).values())
+    kinds = [(index % every, *(entries[index] for entries in lists)) for index in range(depth)]
+    period = next(size for size in range(1, depth + 1) if all(kinds[i] == kinds[i % size] for i in range(depth)))
+    step = max(2, period)
+    small = step + depth % period  # so that whole periods are missing up to the full depth
+    return (depth, depth) if small + step >= depth else (small, small + step)
+
+
+def _by_layer(config: PreTrainedConfig) -> dict[str, list[Any]]:
+    """What the configuration says of each layer by itself."""
+    names = {"layer_types", *(family.rope_layers for family in FAMILIES.values() if family.rope_layers is not None)}
+    return {name: entries for name, entries in config.to_dict().items() if name in names and entries is not None}
 
 
 def _deepen(one: Peaks, two: Peaks, depths: tuple[int, int, int]) -> Peaks:
@@ -116,9 +140,12 @@ def _deepen(one: Peaks, two: Peaks, depths: tuple[int, int, int]) -> Peaks:
 
 def _build(config: PreTrainedConfig, recipe: Recipe, target: Target, layers: int) -> Graft:
     """The grafted model on the meta device, with so many layers."""
-    config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers, "layer_types": None})
+    cut = {name: entries[:layers] for name, entries in _by_layer(config).items()}
+    config = type(config).from_dict(config.to_dict() | {"num_hidden_layers": layers} | cut)
+    dtype = DTYPES[target.precision]
+    attention, _ = choose_attention(config, dtype, torch.device("cpu"), None)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=DTYPES[target.precision], attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     model.eval().requires_grad_(False)
     plan = plan_surgery(model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     check_stages(recipe.stages, plan)

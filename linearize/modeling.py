@@ -19,8 +19,9 @@ from transformers.conversion_mapping import (
 
 from linearize.errors import SurgeryError
 from linearize.families import FAMILIES, ModelFamily
+from linearize.families.shapes import window_of
 from linearize.mixers import MixerConfig, StudentMixer, mixer_config
-from linearize.surgery import STUDENT_PREFIX, graft, plan_surgery, window_of
+from linearize.surgery import STUDENT_PREFIX, graft, plan_surgery
 
 STUDENT_LAYER_TYPE = "hybrid"
 """The `layer_types` entry of student layers. transformers accepts fixed names only; with `linear_attention` in every

@@ -10,8 +10,9 @@ from typing import Literal
 import torch
 
 from linearize.audit import Audit, audit
+from linearize.errors import RunError
 from linearize.machine import Machine, Precision, choose_machine
-from linearize.memory import StageMemory, Target, predict_memory
+from linearize.memory import StageMemory, Target, predict_memory, unpredictable
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages, refuse_base_training
@@ -132,7 +133,9 @@ def plan_conversion(
         teacher_bytes = sum(p.numel() * p.element_size() for p in grafted.observed.model.parameters())
     found = audit(grafted, teacher.tokenizer, text) if audited else None
     costs = [_cost(stage, grafted, machine) for stage in recipe.stages]
-    memory = predict_memory(teacher.model.config, recipe, Target(_kind(machine.device), machine.precision))
+    target = Target(_kind(machine.device), machine.precision)
+    config = teacher.model.config
+    memory = [] if unpredictable(config, target) else predict_memory(config, recipe, target)
     return Plan(teacher, recipe, machine, layers, sliding, swaps, key_value_bytes, teacher_bytes, costs, memory, found)
 
 
@@ -156,7 +159,11 @@ def predict_conversion(model: str, recipe: Recipe, target: Target) -> Prediction
     """
     path = Path(model).expanduser()
     where = path.parent if path.name == "config.json" and path.is_file() else model
-    return Prediction(model, target, predict_memory(read_config(find_checkpoint(str(where))), recipe, target))
+    config = read_config(find_checkpoint(str(where)))
+    obstacle = unpredictable(config, target)
+    if obstacle:
+        raise RunError(obstacle, place=model, remedy="Predict for a GPU: leave out --device cpu and precision: fp32.")
+    return Prediction(model, target, predict_memory(config, recipe, target))
 
 
 def prediction_target(device: str | None, recipe: Recipe, streamed: bool) -> Target:

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize.checkpoint import RngState, RunState, TrainerState, save_checkpoint
+from linearize.checkpoint import RunState, TrainerState, save_checkpoint
 from linearize.distributed import Share
+from linearize.randomness import RngState
 from linearize.runs import FitSettings, Run
 from linearize.stages.course import Course
 

@@ -14,8 +14,8 @@ from linearize.audit import Audit
 from linearize.doctor import Finding
 from linearize.evals.samples import PROMPT
 from linearize.families import ModelFamily
+from linearize.measuring import Converted
 from linearize.memory import StageMemory
-from linearize.pipeline import Converted
 from linearize.planning import Plan, Prediction
 from linearize.recipe import Recipe
 
@@ -112,7 +112,8 @@ def plan_report(plan: Plan) -> RenderableType:
         )
     budget = f"A budget of --tokens {plan.tokens_in_time:,} would train in about 15 minutes."
     audited = [] if plan.audit is None else [audit_report(plan.audit)]
-    return Group(facts, table, memory, memory_table(plan.memory), budget, *audited)
+    predicted = [memory_table(plan.memory)] if plan.memory else []
+    return Group(facts, table, memory, *predicted, budget, *audited)
 
 
 def prediction_report(found: Prediction) -> RenderableType:

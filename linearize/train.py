@@ -19,19 +19,17 @@ from torch import Tensor, nn
 from linearize.checkpoint import (
     RunState,
     check_same_run,
-    get_rng_state,
     read_trainer,
     refuse_used,
     remove_stale,
     restore_student,
-    seed_all,
-    set_rng_state,
 )
 from linearize.data.prefetch import MadeAhead
 from linearize.distributed import Processes, Share, StepReport, send_from, share_of_layers
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.profiling import profiled
+from linearize.randomness import get_rng_state, seed_all, set_rng_state
 from linearize.relay import Relay
 from linearize.runs import FitResult, FitSettings, Run
 from linearize.saving import Saver

@@ -37,7 +37,6 @@ from linearize.data import Corpus, PackedRows
 from linearize.machine import DTYPES, Machine, choose_machine, versions
 from linearize.memory import Target, predict_memory
 from linearize.metrics import MetricsLog, Progress, read_metrics
-from linearize.pipeline import MIXED
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import write_json
 from linearize.stages import Batch, Stage, build_stage, student_parameters
@@ -244,9 +243,7 @@ def measure_stage(
             metrics=metrics, progress=Progress(Console(quiet=True)), seed=0, recipe_hash="", corpus_fingerprint="",
         )  # fmt: skip
         with Peak(device) as peak:
-            fit(
-                stage, rows, run, FitSettings(mixed_precision=MIXED[settings.machine.precision], save_every_seconds=1e9)
-            )
+            fit(stage, rows, run, FitSettings(mixed_precision=settings.machine.mixed_precision, save_every_seconds=1e9))
         seconds = [record["seconds"] for record in read_metrics(metrics.path)][settings.warmup :]
     for parameter in stage.trainable().values():
         parameter.grad = None

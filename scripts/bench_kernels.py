@@ -11,7 +11,9 @@ against its teacher, random weights. Writes results.json and time.png.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import json
+import pstats
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -220,7 +222,21 @@ def decode(copy_tb_s: float) -> list[dict[str, float]]:
     return found
 
 
-def prefill(recipe: str) -> list[dict[str, Any]]:
+def print_host_profile(call: Call) -> None:
+    """Where Python spends its time in a call that waits for no kernel."""
+    profile = cProfile.Profile()
+    with torch.no_grad():
+        call()
+        torch.cuda.synchronize()
+        profile.enable()
+        for _ in range(5):
+            call()
+        profile.disable()
+    torch.cuda.synchronize()
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+
+
+def prefill(recipe: str, host_profile: bool = False) -> list[dict[str, Any]]:
     """Milliseconds of one forward over T tokens, student and SDPA teacher of SmolLM2-135M's shape, bf16; also replayed
     from a CUDA graph, where neither waits for the host.
     """
@@ -260,6 +276,9 @@ def prefill(recipe: str) -> list[dict[str, Any]]:
         row = {"recipe": recipe, "layers": layers, "T": length}
         found.append(row | {f"teacher_{name}": x for name, x in teacher[length].items()} | run(length))
         print(found[-1], flush=True)
+    if host_profile:
+        tokens = torch.randint(0, 49152, (1, lengths[0]), device="cuda")
+        print_host_profile(lambda: model(tokens, logits_to_keep=1, use_cache=False).logits)
     return found
 
 
@@ -300,6 +319,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/kernels", help="folder for results.json and time.png")
     parser.add_argument("--prefill", action="append", default=None, help="recipes whose prefill is timed")
+    parser.add_argument("--host-profile", action="store_true", help="print where Python's time goes in prefill")
     parser.add_argument("--skip", action="append", default=[], help="a contender by name, may be repeated")
     options = parser.parse_args()
     out = Path(options.out)
@@ -314,7 +334,9 @@ def main() -> int:
     }
     print(record, flush=True)
     record["decode H32 D128"] = decode(top["copy_tb_s"])
-    record["prefill"] = [row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe)]
+    record["prefill"] = [
+        row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe, options.host_profile)
+    ]
     record["shapes"] = {}
 
     def add(shape: str, name: str, contender: Contender) -> None:

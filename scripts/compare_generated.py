@@ -22,7 +22,8 @@ from rich.table import Table
 
 from linearize.data import Documents, open_documents
 from linearize.data.encoding import Encoder, pieces
-from linearize.pipeline import Conversion, convert
+from linearize.job import Conversion
+from linearize.pipeline import convert
 from linearize.recipe import read_tokens
 from linearize.run_folder import write_json
 from linearize.teacher import load_tokenizer

@@ -36,9 +36,10 @@ from tiny_families import LAYERS, Exact, ExactConfig, difference_of_ways, tiny_t
 
 from linearize.doctor import examine_folder
 from linearize.families import FAMILIES
+from linearize.job import Conversion
 from linearize.mixers import MIXERS, MixerEntry
 from linearize.mixers.hedgehog import HedgehogConfig
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.surgery import graft, plan_surgery
 
 TOLERANCE = 1e-5

@@ -30,9 +30,10 @@ from linearize.attention import StudentAttention
 from linearize.data import heldout_from
 from linearize.evals.perplexity import perplexity
 from linearize.export import load_student
+from linearize.job import Conversion
 from linearize.machine import choose_machine, versions
 from linearize.mixers.base import silenced
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.recipe import load_recipe
 from linearize.teacher import load_teacher
 

@@ -15,17 +15,15 @@ from linearize.checkpoint import (
     RunState,
     TrainerState,
     check_same_run,
-    get_rng_state,
     list_checkpoints,
     load_latest,
     read_trainer,
     remove_stale,
     restore_student,
     save_checkpoint,
-    seed_all,
-    set_rng_state,
 )
 from linearize.errors import RunError
+from linearize.randomness import get_rng_state, seed_all, set_rng_state
 
 
 def run_state(step=1, stage_index=0):

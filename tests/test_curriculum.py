@@ -245,6 +245,17 @@ def test_checks_while_inputs_change_by_a_schedule():
     assert watch.frozen == {4}
 
 
+def test_skipped_steps_do_not_count_as_errors():
+    """`on_nonfinite: skip` may take the step of a check: the next one is over more steps, not of a larger sum."""
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.AdamW([{"params": [parameter], "scale": 1.0}])
+    watch = LayerWatch(WatchConfig.model_validate({"every": 2, "retry": {"factor": 1.2}}), {4: [parameter]})
+    for step in (1, 3, 4, 6):
+        watch.after_step(step, {4: 1.0}, optimizer, moving=False)
+    assert watch.records[4].best == 1
+    assert watch.records[4].retries == 0
+
+
 def test_a_watch_for_nothing_is_refused():
     with pytest.raises(ValidationError, match="watches for nothing"):
         TransferConfig(**(SHORT | {"watch": {"every": 3}}))

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from linearize.data import PackedRows
 from linearize.errors import RunInterrupted
-from linearize.pipeline import Conversion, convert
+from linearize.job import Conversion
+from linearize.pipeline import convert
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}<end>{% endfor %}"

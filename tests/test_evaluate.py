@@ -6,34 +6,47 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from tiny_families import tiny_teacher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from linearize.attention import StudentAttention
 from linearize.cli import main
+from linearize.errors import DataError, RunError
+from linearize.evals import subjects
 from linearize.evals.bench import Wanted
 from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import _spearman, diagnose, pair
 from linearize.evals.positions import departure, edges_of, position_rows, window_losses
 from linearize.evals.records import BRANCHES, DiagnosticRow, PositionRow, RecallRow, TaskRow, read_rows
+from linearize.evals.speed import SpeedSettings, measure_speed
+from linearize.evaluate import evaluate
 from linearize.export import export_student
+from linearize.machine import choose_machine
+from linearize.mixers.swa import SwaConfig
 from linearize.recipe import load_recipe
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
+
+
+def tokenizer_of_bytes() -> PreTrainedTokenizerFast:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({"<end>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
 
 
 @pytest.fixture(scope="module")
 def folders(make_teacher: Callable[..., PreTrainedModel], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A teacher whose tokens are bytes, an untrained student with two branches, one without, and a text."""
     root = tmp_path_factory.mktemp("models")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({"<end>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>")
+    tokenizer = tokenizer_of_bytes()
     teacher = root / "teacher"
     tokenizer.save_pretrained(teacher)
     make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0, max_position_embeddings=500).save_pretrained(teacher)
@@ -182,6 +195,36 @@ def test_a_window_over_everything_is_its_teacher(folders: dict[str, str]) -> Non
         assert abs(values[layer, "attention_kl"]) < 1e-5
         assert values[layer, "monotonicity"] == pytest.approx(1, abs=1e-6)
         assert values[layer, "student_entropy"] == pytest.approx(values[layer, "teacher_entropy"], rel=1e-4)
+
+
+def test_students_in_the_place_of_sliding_layers(
+    make_teacher: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What takes part in an evaluation is grafted where the student is, also where the teacher slides already."""
+    model = make_teacher("mistral", sliding_window=16)
+    recipe = load_recipe("lolcats", ["mixer.window=8"])
+    grafted = graft(model, plan_surgery(model, recipe.mixer, replace_sliding=True))
+    model.config.linearize = {"mixer": recipe.mixer.model_dump(mode="json"), "layers": [0, 1, 2]}
+    teacher = make_teacher("mistral", sliding_window=16)
+    assert pair(model, teacher).observed.students.keys() == grafted.students.keys()
+    loaded = SimpleNamespace(model=make_teacher("mistral", sliding_window=16))
+    monkeypatch.setattr(subjects, "load_teacher", lambda *_, **__: loaded)
+    with subjects._windowed("mistral", choose_machine("cpu", "fp32"), SwaConfig(window=8), (0, 2)) as windowed:
+        students = [module.layer_idx for module in windowed.modules() if isinstance(module, StudentAttention)]
+    assert students == [0, 2]
+
+
+def test_a_table_of_positions_ends(tmp_path: Path) -> None:
+    """GPT-2 cannot read beyond it, and a GPU would say so by an assertion that ends the process."""
+    model = tiny_teacher("gpt2")  # 512 positions
+    recipe = load_recipe("hedgehog")
+    student = graft(model, plan_surgery(model, recipe.mixer))
+    export_student(student, tokenizer_of_bytes(), recipe, tmp_path)
+    wanted = Wanted(str(tmp_path), None, tmp_path, recall=("passkey",), lengths=(512, 600), device="cpu")
+    with pytest.raises(DataError, match=r"600 tokens: the model has learned 512 positions"):
+        evaluate(wanted, print)
+    with pytest.raises(RunError, match=r"502, 512 tokens: the model has learned 512 positions, and 11 are taken"):
+        measure_speed(tmp_path, SpeedSettings(lengths=(501, 502, 512), decode=1), None, "cpu")
 
 
 def test_rank_correlation_has_mean_ranks_for_ties() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import signal
@@ -16,8 +17,9 @@ from rich.console import Console
 
 from linearize.checkpoint import STUDENT, TRAINER, list_checkpoints, load_latest
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
+from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.run_folder import open_run_folder
 from linearize.stages.transfer import Transfer
 
@@ -75,6 +77,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", place], capture_output=True).returncode:
         pytest.skip("mounting a small disk needs rights that this process lacks")
     yield place
+    gc.collect()  # the student that was loaded again is mapped into memory until then
     subprocess.run(["umount", place], check=True)
 
 

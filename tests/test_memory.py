@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from tiny_families import tiny_teacher
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.live_memory import LiveMemory
-from linearize.memory import Target, predict_memory
+from linearize.memory import Target, predict_memory, unpredictable
 from linearize.mixers import MIXERS
 from linearize.planning import Prediction, predict_conversion, prediction_target
 from linearize.recipe import Recipe, load_recipe
@@ -118,6 +119,27 @@ def test_predicted_memory_is_what_the_allocator_holds(case: str) -> None:
         assert stage.peak == pytest.approx(peak, rel=0.03), (stage, peak)
 
 
+LAYERED: dict[str, tuple[dict[str, Any], int]] = {
+    "gemma2": ({"sliding_window": 16, "attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 9}, 7),
+    "gemma3_text": ({"sliding_window": 16}, 14),  # five of six layers slide
+    "qwen2": ({"sliding_window": 16, "use_sliding_window": True, "max_window_layers": 2}, 5),
+    "smollm3": ({"no_rope_layers": [1, 1, 1, 0, 1, 1, 1, 0, 1]}, 9),
+}
+
+
+@pytest.mark.parametrize("family", LAYERED)
+def test_memory_of_families_whose_layers_differ(family: str) -> None:
+    """The small depths keep the pattern of the layers, and what a family's attention runs on."""
+    special, layers = LAYERED[family]
+    teacher = tiny_teacher(family, **{"layer_types": None, **special, "num_hidden_layers": layers})
+    whole = predict_memory(teacher.config, recipe_of(), CPU)
+    every = tuple(range(layers))
+    kept = tuple(sorted(set(every) - {swap.layer for swap in plan_surgery(teacher, recipe_of().mixer)}))
+    traced = predict_memory(teacher.config, recipe_of().model_copy(update={"keep_softmax": kept}), CPU)
+    for stage, all_of_it in zip(whole, traced, strict=True):
+        assert stage.peak == pytest.approx(all_of_it.peak, rel=0.03)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in MIXERS if kind not in ("liger", "swa")])
 def test_every_mixer_is_traced_as_on_a_gpu(kind: str) -> None:
     """Its kernels' gradients, and those of recomputed layers, go through torch's dispatcher; nothing is launched."""
@@ -173,3 +195,10 @@ def test_a_prediction_needs_a_configuration_alone(tmp_path: Any) -> None:
     assert "two streamed layers" in text
     assert "0 transfer" in text
     assert "together" in text
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_experts_in_fp32_are_not_predicted(family: str) -> None:
+    config = tiny_teacher(family).config
+    assert "experts" in unpredictable(config, CPU)
+    assert not unpredictable(config, Target("cuda", "bf16"))

@@ -22,9 +22,10 @@ from linearize.cli import main
 from linearize.doctor import CHECKS, Patient, difference, examine, examine_folder
 from linearize.errors import LinearizeError, NonFiniteLossError, RecipeError, RunError, RunInterrupted
 from linearize.export import load_student
+from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
 from linearize.mixers.hedgehog import Hedgehog
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.planning import plan_conversion
 from linearize.profiling import read_profile
 from linearize.recipe import load_recipe, recipe_names

@@ -27,8 +27,9 @@ from torch.distributed.tensor import DTensor
 from linearize.checkpoint import load_latest, read_trainer
 from linearize.distributed import ALONE, Processes, add_up, choose_split, share_of_layers, shared_micro_batch
 from linearize.errors import MainFailed, RunError, RunInterrupted
+from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.recipe import load_recipe
 from linearize.relay import Relay
 from linearize.stages.distil import Distil

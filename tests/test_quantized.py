@@ -18,8 +18,9 @@ from linearize import quantized
 from linearize.adapters import LoraSettings, add_lora, lora_off, lora_parameters, merge_lora
 from linearize.errors import RecipeError, RunError, TeacherError
 from linearize.export import load_student
+from linearize.job import Conversion
 from linearize.mixers.hedgehog import HedgehogConfig
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.quantized import dequantize, is_quantized
 from linearize.surgery import graft, plan_surgery
 from linearize.target_cache import teacher_digest

@@ -15,10 +15,10 @@ from transformers import PreTrainedModel
 from linearize.adapters import LoraSettings, add_lora, lora_layers, lora_off, lora_parameters, merge_lora
 from linearize.attention import teacher_rows
 from linearize.errors import RecipeError
+from linearize.job import Conversion
 from linearize.mixers import MIXERS, HeadInputs, HeadShapes, MixerConfig, MixerEntry, MixerState, Rope, StudentMixer
 from linearize.mixers.base import RowWeights
 from linearize.mixers.hedgehog import HedgehogConfig
-from linearize.pipeline import Conversion
 from linearize.stages import STAGES, Batch, Stage, StageConfig, build_stage, check_stages
 from linearize.stages.distil import DistilConfig
 from linearize.stages.parts import Part, trained_parameters

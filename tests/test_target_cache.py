@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerFast
 from linearize import target_cache
 from linearize.cli import main
 from linearize.errors import RecipeError, RunError
+from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
-from linearize.pipeline import Conversion, cache_targets, convert
+from linearize.pipeline import cache_targets, convert
 from linearize.stages import Batch
 from linearize.stages.distil import Distil
 from linearize.target_cache import TargetKey, open_targets, teacher_digest, write_targets

@@ -13,8 +13,9 @@ import pytest
 from rich.console import Console
 
 from linearize.errors import RunError, RunInterrupted
+from linearize.job import Conversion
 from linearize.metrics import read_metrics
-from linearize.pipeline import Conversion, convert
+from linearize.pipeline import convert
 from linearize.recipe import load_recipe
 from linearize.stages.distil import Distil
 from linearize.trackers import TRACKERS, TrackedRun, check_trackers, tracking

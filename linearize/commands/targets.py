@@ -34,7 +34,7 @@ def cache_targets(
 
     Give the options that convert will get; with --targets it then trains without running the teacher.
     """
-    from linearize.pipeline import Conversion
+    from linearize.job import Conversion
     from linearize.pipeline import cache_targets as run
 
     job = Conversion(

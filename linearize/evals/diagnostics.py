@@ -38,7 +38,7 @@ def pair(student: PreTrainedModel, teacher: PreTrainedModel) -> Graft:
     entry = student.config.linearize
     count: int = teacher.config.num_hidden_layers
     kept = tuple(index for index in range(count) if index not in entry["layers"])
-    observed = graft(teacher, plan_surgery(teacher, mixer_config(entry["mixer"]), kept))
+    observed = graft(teacher, plan_surgery(teacher, mixer_config(entry["mixer"]), kept, replace_sliding=True))
     students = {module.layer_idx: module for module in student.modules() if isinstance(module, StudentAttention)}
     return Graft(student, students, teacher=observed)
 

@@ -27,6 +27,7 @@ from linearize.config import Config
 from linearize.errors import RunError
 from linearize.evals.records import Made, SpeedRow, write_rows
 from linearize.evals.stepping import WARM_STEPS, Step, captured, read_context, rewind, roomy_cache, state_bytes
+from linearize.evals.subjects import last_position
 from linearize.export import load_student
 from linearize.machine import Machine, choose_machine, versions
 from linearize.teacher import load_teacher
@@ -113,6 +114,7 @@ def _subjects(folder: Path, teacher: str | None, machine: Machine, settings: Spe
     if not folder.is_dir():
         raise RunError("is no folder", place=str(folder), remedy="Give the --out folder of a finished run.")
     student = load_student(folder, dtype=machine.dtype)
+    _check_positions(settings, last_position(student.config))
     entry = student.config.linearize
     mixed = len(entry["layers"]) < student.config.num_hidden_layers
     kind = entry["mixer"]["kind"] + (f" and {student.config._attn_implementation}" if mixed else "")
@@ -130,6 +132,22 @@ def _subjects(folder: Path, teacher: str | None, machine: Machine, settings: Spe
         return subjects
     say("Decoding steps run in CUDA graphs.")
     return [replace(subject, graphs=True) for subject in subjects]
+
+
+def _check_positions(settings: SpeedSettings, last: int | None) -> None:
+    """Refuse contexts that a family with a table of positions cannot read and go on from.
+
+    Raises:
+        RunError: naming them.
+    """
+    more = WARM_STEPS + max(settings.decode, TRIES["decode"])
+    wrong = [f"{length:,}" for length in settings.lengths if last is not None and length + more > last]
+    if wrong:
+        raise RunError(
+            f"{', '.join(wrong)} tokens: the model has learned {last:,} positions, and {more} are taken by decoding",
+            place="--lengths",
+            remedy="Choose shorter ones, or fewer steps with --decode.",
+        )
 
 
 def _fault_of_capture(subject: Subject, device: torch.device) -> str | None:

@@ -12,17 +12,18 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from linearize.attention import StudentAttention
 from linearize.errors import RunError
 from linearize.evals.records import BRANCHES
 from linearize.export import load_student
+from linearize.families import family_of
 from linearize.machine import Machine
 from linearize.mixers import MixerConfig, mixer_config
 from linearize.mixers.base import Branch, silenced
 from linearize.mixers.swa import SwaConfig
-from linearize.surgery import graft, plan_surgery
+from linearize.surgery import STUDENT_PREFIX, graft, plan_surgery
 from linearize.teacher import load_teacher
 
 TEACHER, STUDENT = "teacher", "student"
@@ -98,6 +99,12 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     return mixer_config(entry["mixer"]), tuple(entry["layers"])
 
 
+def last_position(config: PreTrainedConfig) -> int | None:
+    """The longest sequence that a student and its teacher can read; None where positions are no table that ends."""
+    family = family_of(config.model_type.removeprefix(STUDENT_PREFIX))
+    return config.max_position_embeddings if family.positions == "learned" else None
+
+
 def identity_of(name: str) -> str:
     """A local model by its weight files' sizes and times, another one by its name."""
     path = Path(name)
@@ -125,5 +132,6 @@ def _student(folder: str, machine: Machine, branch: Branch | None) -> Iterator[P
 def _windowed(name: str, machine: Machine, swa: SwaConfig, layers: tuple[int, ...]) -> Iterator[PreTrainedModel]:
     model = load_teacher(name, dtype=machine.dtype, device=machine.device).model
     count: int = model.config.num_hidden_layers
-    graft(model, plan_surgery(model, swa, tuple(index for index in range(count) if index not in layers)))
+    kept = tuple(index for index in range(count) if index not in layers)
+    graft(model, plan_surgery(model, swa, kept, replace_sliding=True))  # the student's layers, whatever they were
     yield model.eval()

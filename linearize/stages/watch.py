@@ -58,7 +58,7 @@ class LayerRecord:
     """What is known of one layer; goes to checkpoints as it is.
 
     Attributes:
-        total: sum of its errors since the last check.
+        total, noted: sum of its errors since the last check, and of how many steps: skipped ones have none.
         best: lowest mean error of a check.
         mark: the error that the next improvement is measured from; `stale` checks were no improvement on it.
         scale: of its learning rate.
@@ -66,6 +66,7 @@ class LayerRecord:
     """
 
     total: float = 0.0
+    noted: int = 0
     best: float = math.inf
     mark: float = math.inf
     stale: int = 0
@@ -100,11 +101,12 @@ class LayerWatch:
         """
         for layer, error in errors.items():
             self.records[layer].total += error
+            self.records[layer].noted += 1
         if step % self.config.every:
             return
         for layer in errors:
             record = self.records[layer]
-            error, record.total = record.total / self.config.every, 0.0
+            error, record.total, record.noted = record.total / record.noted, 0.0, 0
             if self.config.retry is not None and error > self.config.retry.factor * record.best:
                 self._go_back(layer, error, optimizer)
             else:
