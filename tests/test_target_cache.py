@@ -221,6 +221,21 @@ def test_caches_of_all_stages_can_be_checked_before_the_first(job, tmp_path):
         replace(targets, folder=tmp_path / "elsewhere").check()
 
 
+def test_the_command_takes_what_decides_on_the_text(job, tmp_path, monkeypatch):
+    """Two sources and held-out text of its own: else no conversion with them could read a cache."""
+    more, aside = tmp_path / "more.txt", tmp_path / "aside.txt"
+    more.write_text("\n\n".join(f"{n} other lines." for n in range(300)))
+    aside.write_text("Nothing of this is trained on. " * 40)
+    words = ["--data", f"{job.data}=3", "--data", f"{more}=1", "--heldout", str(aside), "--drop-overlap", "0.9"]
+    words += ["-m", job.model, "--targets", str(tmp_path / "cache"), "--device", "cpu"]
+    words += [word for value in (*SHORT, "stages.1.top_k=4") for word in ("--set", value)]
+    for command in (["cache-targets"], ["convert", "--out", str(tmp_path / "out")]):
+        monkeypatch.setattr("sys.argv", ["linearize", *command, *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code in (0, None)
+
+
 def test_what_cannot_be_cached_is_said(job, tmp_path, capsys, monkeypatch):
     with pytest.raises(RecipeError, match=r"--targets: no stage learns from cached targets.*top_k=64"):
         convert(replace(job, out=tmp_path / "out", targets=tmp_path), QUIET)
