@@ -12,9 +12,16 @@ from transformers import PreTrainedModel
 
 from linearize.errors import RecipeError
 from linearize.recipe import Recipe
-from linearize.stages import Batch, Stage
+from linearize.stages import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
-from linearize.target_cache import TargetKey, open_targets, packing_of, teacher_digest, write_targets
+from linearize.target_cache import (
+    TargetKey,
+    check_targets_of,
+    open_targets,
+    packing_of,
+    teacher_digest,
+    write_targets,
+)
 from linearize.topk import TopK
 from linearize.train import Batches
 
@@ -36,13 +43,24 @@ class Targets:
     text: str
     mixed_precision: Literal["no", "bf16"]
 
+    def check(self) -> None:
+        """See before the first stage that the caches of all stages are this teacher's, text's and recipe's.
+
+        Raises:
+            RunError: one is missing, or of something else. Whether it is whole is seen when it is read.
+        """
+        for index, config in enumerate(self.recipe.stages):
+            key = self._key(config, index)
+            if key is not None:
+                check_targets_of(self._place(index), key)
+
     def read(self, stage: Stage, index: int, batches: Batches) -> Batches:
         """The stage's micro-batches with their targets; as they are where the stage asks the teacher itself.
 
         Raises:
             RunError: there is no whole cache of this teacher, text and packing.
         """
-        key = self._key(stage, index)
+        key = self._key(stage.config, index)
         return batches if key is None else open_targets(self._place(index), key, batches)
 
     def write(self, stage: Stage, index: int, batches: Batches, console: Console) -> None:
@@ -51,7 +69,7 @@ class Targets:
         Raises:
             RunError: the folder holds another cache, or cannot be written.
         """
-        key = self._key(stage, index)
+        key = self._key(stage.config, index)
         if key is None:
             return
         assert isinstance(stage, Distil)
@@ -78,16 +96,16 @@ class Targets:
     def _place(self, index: int) -> Path:
         return self.folder / f"stage{index}"
 
-    def _key(self, stage: Stage, index: int) -> TargetKey | None:
-        if not isinstance(stage, Distil) or stage.config.top_k is None:
+    def _key(self, config: StageConfig, index: int) -> TargetKey | None:
+        if not isinstance(config, DistilConfig) or config.top_k is None:
             return None
-        config, first_token = stage.config, sum(earlier.tokens for earlier in self.recipe.stages[:index])
+        first_token = sum(earlier.tokens for earlier in self.recipe.stages[:index])
         return TargetKey(
             teacher=self.teacher,
             text=self.text,
             packing=packing_of(config, first_token, self.recipe.seed + index),
             micro_batches=config.steps * config.accumulation,
-            top_k=stage.config.top_k,
+            top_k=config.top_k,
             temperature=config.temperature,
             precision=self.mixed_precision,
         )

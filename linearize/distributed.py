@@ -26,6 +26,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from linearize.adapters import lora_parameters
 from linearize.errors import MainFailed, RunError
+from linearize.quantized import is_quantized
 from linearize.stages.base import StageConfig
 from linearize.surgery import Graft, trunk_of
 
@@ -255,7 +256,16 @@ def shard_base(graft: Graft, device: torch.device, processes: Processes) -> None
 
     A layer's weights are gathered while it computes. Adapters stay whole too, also those that come later: what trains
     is small, and its gradients are exchanged like everywhere else.
+
+    Raises:
+        RunError: the weights are quantised, in formats that FSDP2 cannot cut.
     """
+    if is_quantized(graft.model):
+        raise RunError(
+            "quantised weights cannot be sharded",
+            place="--split fsdp",
+            remedy="Use `--split data`, or leave --quantize out.",
+        )
     trunk = trunk_of(graft.model)
     mesh = init_device_mesh(device.type, (processes.count,))
     small = {*graft.mixer_parameters().values(), *lora_parameters(graft.model).values()}

@@ -23,7 +23,7 @@ from linearize.families import FAMILIES
 from linearize.live_memory import BLOCK, LiveMemory
 from linearize.machine import DTYPES, Precision
 from linearize.recipe import Recipe
-from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages
+from linearize.stages import Batch, Stage, StageConfig, build_stage, check_sizes, check_stages
 from linearize.surgery import EveryNth, Graft, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import choose_attention
 from linearize_kernels import backend
@@ -149,6 +149,7 @@ def _build(config: PreTrainedConfig, recipe: Recipe, target: Target, layers: int
     model.eval().requires_grad_(False)
     plan = plan_surgery(model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     check_stages(recipe.stages, plan)
+    check_sizes(recipe.stages, model)
     grafted = graft(model, plan)
     return with_frozen_teacher(grafted) if recipe.needs_frozen_teacher else grafted
 

@@ -15,7 +15,7 @@ from linearize.machine import Machine, Precision, choose_machine
 from linearize.memory import StageMemory, Target, predict_memory, unpredictable
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
-from linearize.stages import Batch, Stage, StageConfig, build_stage, check_stages, refuse_base_training
+from linearize.stages import Batch, Stage, StageConfig, build_stage, check_sizes, check_stages, refuse_base_training
 from linearize.stages.base import Piece
 from linearize.surgery import Graft, Swap, graft, plan_surgery, sliding_layers, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
@@ -121,6 +121,7 @@ def plan_conversion(
     replaced = {swap.layer for swap in swaps}
     sliding = {layer: window for layer, window in sliding_layers(teacher.model).items() if layer not in replaced}
     check_stages(recipe.stages, swaps)
+    check_sizes(recipe.stages, teacher.model)
     layers: int = teacher.model.config.num_hidden_layers
     element = torch.finfo(machine.dtype).bits // 8
     key_value_bytes = sum(

@@ -88,6 +88,18 @@ class Recipe(Config):
             raise ValidationError.from_exception_data("Recipe", findings)
         return self
 
+    @model_validator(mode="after")
+    def _transfer_sees_the_teacher(self) -> "Recipe":
+        """Adapters change the layers that a transfer stage would ask as teacher, and are no part of what it trains."""
+        adapted = [index for index, stage in enumerate(self.stages) if "lora" in stage.train]
+        for index, stage in enumerate(self.stages):
+            if stage.kind == "transfer" and adapted and adapted[0] < index and not self.needs_frozen_teacher:
+                rule = f"learns from the teacher's layers, which stages.{adapted[0]} adapts by lora; put it before that"
+                error = PydanticCustomError("value_error", "{rule}", {"rule": rule})
+                found = InitErrorDetails(type=error, loc=("stages", index, "kind"), input=stage.kind)
+                raise ValidationError.from_exception_data("Recipe", [found])
+        return self
+
     @property
     def needs_frozen_teacher(self) -> bool:
         """Whether a stage trains base weights: the grafted model is then no longer its own teacher."""

@@ -140,14 +140,7 @@ def open_targets(folder: Path, key: TargetKey, batches: Batches) -> CachedRows:
         RunError: there is no cache, it is of something else (all differences are named), or shards are missing or
             altered.
     """
-    manifest = _read_manifest(folder)
-    if manifest is None:
-        raise RunError(
-            "holds no cached targets",
-            place=str(folder),
-            remedy="Write them first: `linearize cache-targets` with the same options.",
-        )
-    _check_key(folder, manifest, key)
+    manifest = check_targets_of(folder, key)
     per_shard = int(manifest["per_shard"])
     broken = [reason for name in _names(key, per_shard) if (reason := _reason_broken(folder, name, manifest))]
     if broken:
@@ -157,6 +150,23 @@ def open_targets(folder: Path, key: TargetKey, batches: Batches) -> CachedRows:
             remedy="Write them again with `linearize cache-targets` and the same options; what is whole is kept.",
         )
     return CachedRows(folder, batches, per_shard)
+
+
+def check_targets_of(folder: Path, key: TargetKey) -> dict[str, Any]:
+    """The manifest of a cache, which need not be whole.
+
+    Raises:
+        RunError: there is no cache, or it is of something else: all differences are named.
+    """
+    manifest = _read_manifest(folder)
+    if manifest is None:
+        raise RunError(
+            "holds no cached targets",
+            place=str(folder),
+            remedy="Write them first: `linearize cache-targets` with the same options.",
+        )
+    _check_key(folder, manifest, key)
+    return manifest
 
 
 def _write_missing(
@@ -239,10 +249,12 @@ def _check_key(folder: Path, manifest: Mapping[str, Any], key: TargetKey) -> Non
     made, asked = TargetKey.model_validate(manifest["key"]).model_dump(), key.model_dump()
     different = [f"{name} (cached {made[name]}, asked {asked[name]})" for name in asked if made[name] != asked[name]]
     if different:
+        processes = " Several processes may take fewer rows a micro-batch: cache with that `micro_batch`."
         raise RunError(
             f"these targets are of another {' and another '.join(different)}.",
             place=str(folder),
-            remedy="Choose another folder, or the teacher, text and recipe that they were made with.",
+            remedy="Choose another folder, or the teacher, text and recipe that they were made with."
+            + (processes if made["packing"] != asked["packing"] else ""),
         )
 
 

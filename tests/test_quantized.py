@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linearize import quantized
 from linearize.adapters import LoraSettings, add_lora, lora_off, lora_parameters, merge_lora
+from linearize.distributed import ALONE, shard_base
 from linearize.errors import RecipeError, RunError, TeacherError
 from linearize.export import load_student
 from linearize.job import Conversion
@@ -50,6 +51,15 @@ def test_what_is_missing_or_unknown_is_said(folder, monkeypatch):
     monkeypatch.setattr(quantized, "find_spec", lambda name: None)
     with pytest.raises(TeacherError, match=r"--quantize 4bit: bitsandbytes is not installed.*pip install"):
         load_teacher(str(folder), quantize="4bit")
+
+
+def test_quantised_layers_are_not_sharded(make_teacher):
+    """FSDP2 cuts plain weights only; and the whole student would be put together from a teacher that is not rounded."""
+    model = make_teacher()
+    grafted = graft(model, plan_surgery(model, HedgehogConfig()))
+    model.config.quantization_config = quantized.QUANTIZATIONS["8bit"](torch.float32)
+    with pytest.raises(RunError, match=r"--split fsdp: quantised weights cannot be sharded"):
+        shard_base(grafted, torch.device("cpu"), ALONE)
 
 
 def test_a_gguf_file_is_unpacked_not_quantised(tmp_path, monkeypatch):

@@ -352,6 +352,16 @@ def test_an_objective_that_the_mixer_does_not_have(
     assert load_recipe(str(file))  # a weight of 0 asks for nothing
 
 
+def test_transfer_after_adapters_is_refused(file: Path) -> None:
+    """Those in MLPs and in layers that stay softmax would be part of its teacher."""
+    transfer = "  - kind: transfer\n    tokens: 1M\n"
+    text = GOOD.rstrip() + "\n" + transfer
+    file.write_text(text)
+    assert "stages.2.kind: learns from the teacher's layers, which stages.1 adapts by lora" in failure(file)
+    file.write_text(text + "    train: [mixer, qkv]\n")
+    assert load_recipe(str(file)).needs_frozen_teacher  # a copy that has no adapters
+
+
 @pytest.mark.parametrize(
     ("train", "lora", "frozen_teacher"),
     [

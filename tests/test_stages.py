@@ -9,6 +9,7 @@ from typing import Any, Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny_families import tiny_teacher
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -19,7 +20,7 @@ from linearize.job import Conversion
 from linearize.mixers import MIXERS, HeadInputs, HeadShapes, MixerConfig, MixerEntry, MixerState, Rope, StudentMixer
 from linearize.mixers.base import RowWeights
 from linearize.mixers.hedgehog import HedgehogConfig
-from linearize.stages import STAGES, Batch, Stage, StageConfig, build_stage, check_stages
+from linearize.stages import STAGES, Batch, Stage, StageConfig, build_stage, check_sizes, check_stages
 from linearize.stages.distil import DistilConfig
 from linearize.stages.parts import Part, trained_parameters
 from linearize.stages.transfer import TransferConfig
@@ -484,6 +485,16 @@ def test_weights_and_an_adapter_of_one_projection_do_not_train_together(make_tea
     said = rf"stages.1.train: {part} trains the weights of .*, which lora adapts in the same stage; .* Take {part} out"
     with pytest.raises(RecipeError, match=said):
         check_stages([good, wrong], plan)
+
+
+def test_stages_that_a_model_is_too_small_for() -> None:
+    model = tiny_teacher("gpt2")  # 97 tokens, 512 positions
+    check_sizes([TransferConfig(tokens=1, length=512), DistilConfig(tokens=1, length=512, top_k=97)], model)
+    check_sizes([TransferConfig(tokens=1, length=513)], tiny_teacher("llama"))
+    with pytest.raises(RecipeError, match=r"stages.0.length: 513 tokens a row; the model has learned 512 positions"):
+        check_sizes([TransferConfig(tokens=1, length=513)], model)
+    with pytest.raises(RecipeError, match=r"stages.0.top_k: 98 is more than the vocabulary of 97 has"):
+        check_sizes([DistilConfig(tokens=1, length=512, top_k=98)], model)
 
 
 def test_adapters_drop_out_only_where_they_train(make_teacher: MakeTeacher) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from linearize import target_cache
+from linearize.caching import Targets
 from linearize.cli import main
 from linearize.errors import RecipeError, RunError
 from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
 from linearize.pipeline import cache_targets, convert
+from linearize.recipe import load_recipe
 from linearize.stages import Batch
 from linearize.stages.distil import Distil
 from linearize.target_cache import TargetKey, open_targets, teacher_digest, write_targets
@@ -199,6 +202,39 @@ def test_the_whole_vocabulary_teaches_what_the_teacher_itself_does(job, tmp_path
     one, two = (losses(tmp_path / name / "run" / "metrics.jsonl") for name in ("plain", "all"))
     for was, now in zip(one, two, strict=True):
         assert now["loss"] == pytest.approx(was["loss"], rel=1e-4)
+
+
+def test_caches_of_all_stages_can_be_checked_before_the_first(job, tmp_path):
+    """Else a conversion would find out after hours of its first stage."""
+    recipe = load_recipe("hedgehog", (*SHORT, "stages.1.top_k=4"))
+    made = replace(job, overrides=(*SHORT, "stages.1.top_k=4"), targets=tmp_path)
+    cache_targets(made, QUIET)
+    manifest = json.loads((tmp_path / "stage1" / "manifest.json").read_text())
+    targets = Targets(tmp_path, recipe, manifest["key"]["teacher"], manifest["key"]["text"], "no")
+    targets.check()
+    other_rows = recipe.stages[1].model_copy(update={"micro_batch": 2})  # as a share of a step's rows may be
+    shared = recipe.model_copy(update={"stages": (recipe.stages[0], other_rows)})
+    with pytest.raises(
+        RunError, match=r"another packing .* and another micro_batches .* cache with that `micro_batch`"
+    ):
+        replace(targets, recipe=shared).check()
+    with pytest.raises(RunError, match="holds no cached targets"):
+        replace(targets, folder=tmp_path / "elsewhere").check()
+
+
+def test_the_command_takes_what_decides_on_the_text(job, tmp_path, monkeypatch):
+    """Two sources and held-out text of its own: else no conversion with them could read a cache."""
+    more, aside = tmp_path / "more.txt", tmp_path / "aside.txt"
+    more.write_text("\n\n".join(f"{n} other lines." for n in range(300)))
+    aside.write_text("Nothing of this is trained on. " * 40)
+    words = ["--data", f"{job.data}=3", "--data", f"{more}=1", "--heldout", str(aside), "--drop-overlap", "0.9"]
+    words += ["-m", job.model, "--targets", str(tmp_path / "cache"), "--device", "cpu"]
+    words += [word for value in (*SHORT, "stages.1.top_k=4") for word in ("--set", value)]
+    for command in (["cache-targets"], ["convert", "--out", str(tmp_path / "out")]):
+        monkeypatch.setattr("sys.argv", ["linearize", *command, *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code in (0, None)
 
 
 def test_what_cannot_be_cached_is_said(job, tmp_path, capsys, monkeypatch):

@@ -23,8 +23,17 @@ def cache_targets(
     model: ModelOption,
     targets: Annotated[Path, typer.Option("--targets", help="Where they go; what is there already is kept.")],
     recipe: RecipeOption = "hedgehog",
-    data: Annotated[str | None, typer.Option(help="Training text, as for convert.")] = None,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Training text, as for convert; may be repeated as SOURCE=WEIGHT.")
+    ] = None,
     text_field: TextFieldOption = None,
+    heldout: Annotated[
+        str | None,
+        typer.Option(help="Text to measure on, as for convert: none is kept aside from the training text then."),
+    ] = None,
+    drop_overlap: Annotated[
+        float | None, typer.Option(help="Drop documents that share more than this with held-out text, as for convert.")
+    ] = None,
     tokens: TokensOption = None,
     overrides: SetOption = None,
     device: DeviceOption = None,
@@ -37,13 +46,15 @@ def cache_targets(
     from linearize.job import Conversion
     from linearize.pipeline import cache_targets as run
 
+    dropping = () if drop_overlap is None else (f"drop_overlap={drop_overlap}",)
     job = Conversion(
         model,
         recipe,
-        data=data,
+        data=tuple(data or ()),
         text_field=text_field,
+        heldout=heldout,
         tokens=tokens,
-        overrides=tuple(overrides or ()),
+        overrides=(*(overrides or ()), *dropping),
         device=device,
         quantize=quantize,
         targets=targets,

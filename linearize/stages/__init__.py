@@ -6,13 +6,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, cast
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from linearize.adapters import lora_layers, lora_parameters
 from linearize.errors import RecipeError
+from linearize.families import family_of
 from linearize.stages.base import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import Transfer, TransferConfig
-from linearize.surgery import Graft, Swap
+from linearize.surgery import Graft, Swap, base_model_type
 
 __all__ = [
     "STAGES",
@@ -20,6 +22,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "build_stage",
+    "check_sizes",
     "check_stages",
     "refuse_base_training",
     "student_parameters",
@@ -52,6 +55,28 @@ def check_stages(stages: Sequence[StageConfig], plan: Sequence[Swap]) -> None:
             except RecipeError as error:
                 place = f"stages.{index}.{error.place}"
                 raise RecipeError(error.problem, place=place, remedy=error.remedy) from None
+
+
+def check_sizes(stages: Sequence[StageConfig], model: PreTrainedModel) -> None:
+    """Refuse what a model is too small for: rows beyond a table of positions, more targets than it has tokens.
+
+    Raises:
+        RecipeError: with the stage's number.
+    """
+    learned = family_of(base_model_type(model)).positions == "learned"
+    last: int = model.config.max_position_embeddings
+    vocabulary: int = model.config.vocab_size
+    for index, config in enumerate(stages):
+        if learned and config.length > last:
+            raise RecipeError(
+                f"{config.length:,} tokens a row; the model has learned {last:,} positions and can read no more",
+                place=f"stages.{index}.length",
+                remedy=f"`--set stages.{index}.length={last}`, or less.",
+            )
+        if isinstance(config, DistilConfig) and config.top_k is not None and config.top_k > vocabulary:
+            raise RecipeError(
+                f"{config.top_k} is more than the vocabulary of {vocabulary} has", place=f"stages.{index}.top_k"
+            )
 
 
 def refuse_base_training(stages: Sequence[StageConfig]) -> None:
