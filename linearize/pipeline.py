@@ -25,7 +25,7 @@ from linearize.provenance import document, facts_of
 from linearize.randomness import seed_all
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, share_run_folder
-from linearize.stages import Stage, build_stage, check_stages, student_parameters
+from linearize.stages import Stage, build_stage, check_sizes, check_stages, student_parameters
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
@@ -57,6 +57,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         teacher = _load_teacher(job, machine, console)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
         check_stages(recipe.stages, plan)
+        check_sizes(recipe.stages, teacher.model)
         corpus, aside = read_text(job, recipe, teacher.tokenizer, console)
         heldout = choose_heldout(recipe, corpus, aside)
         check_agreement(processes, "text", corpus.fingerprint)
@@ -104,6 +105,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
     teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
     plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     check_stages(recipe.stages, plan)
+    check_sizes(recipe.stages, teacher.model)
     corpus, _ = read_text(job, recipe, teacher.tokenizer, console)
     targets = _targets(job, recipe, machine, teacher, corpus)
     assert targets is not None, "the command line asks for a folder"
