@@ -29,12 +29,13 @@ from linearize.evals.diagnostics import diagnose, pair
 from linearize.evals.positions import WindowLosses, perplexity_row, position_rows, window_losses
 from linearize.evals.recall import Answered, Questions, ask, find_tasks
 from linearize.evals.records import DiagnosticRow, Made, RecallRow, TaskRow, write_rows
-from linearize.evals.subjects import STUDENT, TEACHER, Subject, find_subjects, last_position, lazily, surgery_of
+from linearize.evals.subjects import STUDENT, TEACHER, Subject, find_subjects, lazily, surgery_of
 from linearize.evals.tasks.compare import compared
 from linearize.evals.tasks.harness import check_installed, run_local, run_named
 from linearize.evals.tasks.rows import LocalTask, read_tasks
 from linearize.evals.tasks.score import Scores, score, task_row
 from linearize.machine import choose_machine, versions
+from linearize.reach import last_position
 
 Found = dict[str, list[Config]]
 """Rows by kind."""

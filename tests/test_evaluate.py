@@ -24,6 +24,7 @@ from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import _spearman, diagnose, pair
 from linearize.evals.positions import departure, edges_of, position_rows, window_losses
 from linearize.evals.records import BRANCHES, DiagnosticRow, PositionRow, RecallRow, TaskRow, read_rows
+from linearize.evals.samples import Sampling, generate_from_folder
 from linearize.evals.speed import SpeedSettings, measure_speed
 from linearize.evaluate import evaluate
 from linearize.export import export_student
@@ -225,6 +226,10 @@ def test_a_table_of_positions_ends(tmp_path: Path) -> None:
         evaluate(wanted, print)
     with pytest.raises(RunError, match=r"502, 512 tokens: the model has learned 512 positions, and 11 are taken"):
         measure_speed(tmp_path, SpeedSettings(lengths=(501, 502, 512), decode=1), None, "cpu")
+    (text,) = generate_from_folder(str(tmp_path), ["a" * 510], Sampling(max_new_tokens=3), device="cpu")
+    assert text
+    with pytest.raises(RunError, match=r"a prompt of 511 tokens and 3 new ones are too many for 512 learned positions"):
+        generate_from_folder(str(tmp_path), ["a" * 511], Sampling(max_new_tokens=3), device="cpu")
 
 
 def test_rank_correlation_has_mean_ranks_for_ties() -> None:

@@ -29,7 +29,9 @@ from linearize.evals.records import (
 )
 from linearize.report import write_report
 from linearize.report.charts import FORMATS, Heat, Lines, Point, Series, heat_share, plotted, thinned, ticks
+from linearize.report.facts import RunFacts
 from linearize.report.svg import draw
+from linearize.report.training import training_charts
 
 LAYERS, STEPS = 6, 200
 HOSTILE = "<script>alert('student')</script> & \"quotes\""
@@ -217,6 +219,19 @@ def test_numbers_lie_beside_the_page(run: Path, html: str) -> None:
     assert [point[:2] for point in ratio["series"][0]["points"]] == [
         [n, pytest.approx(math.exp(0.1))] for n in (64, 256, 1024)
     ]
+
+
+def test_sources_may_be_called_like_paths(tmp_path: Path) -> None:
+    """Their names come from a column of the text; readings of layers have slashes too."""
+    records = [
+        {"stage": 0, "name": "distil", "step": 9, "tokens": 900, "loss": 1.0, "eval/books/old": 6.0, "eval/error": 0.2,
+         "eval/error/layer_00": 0.2},
+    ]  # fmt: skip
+    row = {"source": "books/old", "length": 8, "teacher": 3.0, "student": 6.0, "ratio": 2.0}
+    facts = RunFacts("run", tmp_path, {}, {}, {}, {"perplexity": [row], "untrained": {"books/old": 9.0}}, records, True)
+    (chart,) = [chart for chart in training_charts([facts]) if chart.key == "heldout"]
+    assert isinstance(chart, Lines)
+    assert [(point.x, point.y) for point in chart.series[0].points] == [(0.0, 3.0), (900.0, 2.0)]
 
 
 def test_a_run_that_has_not_ended_says_what_is_missing(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from linearize.config import Config, Number
 from linearize.data.chat import Conversation, Message, render
 from linearize.data.draws import Draws, uniforms
 from linearize.errors import DataError
+from linearize.reach import check_reach
 from linearize.teacher import Teacher
 
 _ASKED_TOKENS = 256  # at most, of a question that the teacher asks itself
@@ -79,6 +80,7 @@ class Writer:
 
         Raises:
             DataError: there is no chat template for conversations.
+            RunError: the teacher has a table of positions, which ends before its documents would.
         """
         if self.chat:
             return self._conversations(numbers)
@@ -132,6 +134,7 @@ class Writer:
         model, tokenizer = self.teacher.model, self.teacher.tokenizer
         longest = max(map(len, starts))
         width = longest if all(len(start) == longest for start in starts) else -(-longest // _ROUND) * _ROUND
+        check_reach(model.config, longest, steps)  # padding takes no positions
         pad = tokenizer.pad_token_id
         assert isinstance(pad, int), "load_teacher sees to it"
         ids_BT = torch.tensor([[pad] * (width - len(start)) + start for start in starts])

@@ -9,6 +9,7 @@ from linearize.config import Config
 from linearize.errors import RunError
 from linearize.export import load_student
 from linearize.machine import choose_machine
+from linearize.reach import check_reach
 
 PROMPT = "The history of the sea is the history of"
 
@@ -26,12 +27,17 @@ class Sampling(Config):
 def generate_texts(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], sampling: Sampling
 ) -> list[str]:
-    """The continuations of a batch of prompts (left-padded), without the prompts themselves."""
+    """The continuations of a batch of prompts (left-padded), without the prompts themselves.
+
+    Raises:
+        RunError: the model has a table of positions, which ends before they would.
+    """
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     finally:
         tokenizer.padding_side = side
+    check_reach(model.config, inputs["input_ids"].shape[1], sampling.max_new_tokens)
     sample = sampling.temperature > 0
     torch.manual_seed(sampling.seed)
     chosen = {"temperature": sampling.temperature, "top_p": sampling.top_p} if sample else {}

@@ -27,9 +27,9 @@ from linearize.config import Config
 from linearize.errors import RunError
 from linearize.evals.records import Made, SpeedRow, write_rows
 from linearize.evals.stepping import WARM_STEPS, Step, captured, read_context, rewind, roomy_cache, state_bytes
-from linearize.evals.subjects import last_position
 from linearize.export import load_student
 from linearize.machine import Machine, choose_machine, versions
+from linearize.reach import last_position
 from linearize.teacher import load_teacher
 
 Mode = Literal["prefill", "decode"]

@@ -12,18 +12,17 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from linearize.attention import StudentAttention
 from linearize.errors import RunError
 from linearize.evals.records import BRANCHES
 from linearize.export import load_student
-from linearize.families import family_of
 from linearize.machine import Machine
 from linearize.mixers import MixerConfig, mixer_config
 from linearize.mixers.base import Branch, silenced
 from linearize.mixers.swa import SwaConfig
-from linearize.surgery import STUDENT_PREFIX, graft, plan_surgery
+from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
 
 TEACHER, STUDENT = "teacher", "student"
@@ -97,12 +96,6 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     if entry is None:
         raise RunError("holds no student: its config.json has no `linearize` entry", place=folder)
     return mixer_config(entry["mixer"]), tuple(entry["layers"])
-
-
-def last_position(config: PreTrainedConfig) -> int | None:
-    """The longest sequence that a student and its teacher can read; None where positions are no table that ends."""
-    family = family_of(config.model_type.removeprefix(STUDENT_PREFIX))
-    return config.max_position_embeddings if family.positions == "learned" else None
 
 
 def identity_of(name: str) -> str:

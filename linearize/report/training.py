@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from linearize.report.charts import Chart, Heat, Lines, Point, Series, thinned
@@ -77,7 +77,7 @@ def _heldout(runs: Sequence[RunFacts]) -> list[Lines]:
         teacher, offset = teacher_perplexity(run), 0.0
         moments = [(0.0, run.results.get("untrained", {}))]
         for records in _stages(run).values():
-            moments += [(offset + r["tokens"], _evaluated(r)) for r in records if _evaluated(r)]
+            moments += [(offset + r["tokens"], measured) for r in records if (measured := _evaluated(r, teacher))]
             offset += records[-1]["tokens"]
             if len(runs) == 1:
                 marks.append((offset, f"end of {records[0]['name']}"))
@@ -105,10 +105,10 @@ def _ys(by_source: Mapping[str, Sequence[Point]]) -> list[list[float]]:
     return [[p.y for p in points] for points in by_source.values()]
 
 
-def _evaluated(record: Mapping[str, Any]) -> dict[str, float]:
-    """Held-out perplexities of a record; readings of layers carry a slash or are called error."""
-    found = {key.removeprefix("eval/"): value for key, value in record.items() if key.startswith("eval/")}
-    return {key: value for key, value in found.items() if "/" not in key and key != "error" and value is not None}
+def _evaluated(record: Mapping[str, Any], sources: Iterable[str]) -> dict[str, float]:
+    """Held-out perplexities of a record, beside which stand readings of layers."""
+    values = {source: record.get(f"eval/{source}") for source in sources}
+    return {source: value for source, value in values.items() if value is not None}
 
 
 def _layers(record: Mapping[str, Any], prefix: str) -> dict[int, float]:

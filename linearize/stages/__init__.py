@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 
 from linearize.adapters import lora_layers, lora_parameters
 from linearize.errors import RecipeError
-from linearize.families import family_of
+from linearize.reach import last_position
 from linearize.stages.base import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import Transfer, TransferConfig
-from linearize.surgery import Graft, Swap, base_model_type
+from linearize.surgery import Graft, Swap
 
 __all__ = [
     "STAGES",
@@ -63,11 +63,10 @@ def check_sizes(stages: Sequence[StageConfig], model: PreTrainedModel) -> None:
     Raises:
         RecipeError: with the stage's number.
     """
-    learned = family_of(base_model_type(model)).positions == "learned"
-    last: int = model.config.max_position_embeddings
+    last = last_position(model.config)
     vocabulary: int = model.config.vocab_size
     for index, config in enumerate(stages):
-        if learned and config.length > last:
+        if last is not None and config.length > last:
             raise RecipeError(
                 f"{config.length:,} tokens a row; the model has learned {last:,} positions and can read no more",
                 place=f"stages.{index}.length",
