@@ -53,6 +53,7 @@ class Conversion:
             words += ["--set", override]
         words += [] if self.quantize is None else ["--quantize", self.quantize]
         words += [] if self.targets is None else ["--targets", str(self.targets)]
+        words += [] if self.split is None else ["--split", self.split]
         words += ["--compile"] if self.compile else []
         words += ["--stream-layers"] if self.stream_layers else []
         return shlex.join([*words, "--out", str(self.out)])
@@ -62,7 +63,7 @@ def check_job(job: Conversion, recipe: Recipe, split: Split) -> None:
     """Refuse a conversion whose parts contradict each other, before anything is loaded.
 
     Raises:
-        RunError: a stage's budget is no step; a tracker is not there; layers cannot be streamed.
+        RunError: a stage's budget is no step; a tracker is not there; layers cannot be streamed, or quantised.
         RecipeError: no stage reads the targets, or one trains what `quantize` rounds.
     """
     check_budgets(recipe)
@@ -70,6 +71,7 @@ def check_job(job: Conversion, recipe: Recipe, split: Split) -> None:
         check_targets(recipe)
     if job.quantize is not None:
         refuse_base_training(recipe.stages)
+        _check_quantised(split)
     check_trackers(job.track)
     if job.stream_layers:
         _check_stream(job, recipe, split)
@@ -83,6 +85,16 @@ def check_budgets(recipe: Recipe) -> None:
     """
     for index, stage in enumerate(recipe.stages):
         check_budget(stage, index)
+
+
+def _check_quantised(split: Split) -> None:
+    """Refuse to shard quantised weights."""
+    if split == "fsdp":
+        raise RunError(
+            "quantised weights cannot be sharded over processes",
+            place="--quantize",
+            remedy="Leave it out, or use `--split data`.",
+        )
 
 
 def _check_stream(job: Conversion, recipe: Recipe, split: Split) -> None:

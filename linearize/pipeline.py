@@ -63,7 +63,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         check_agreement(processes, "text", corpus.fingerprint)
         rows = share_rows(recipe.stages, folder.facts().get("micro_batches"), split, processes, console)
         shared = recipe.model_copy(update={"stages": rows})
-        targets = _targets(job, shared, machine, teacher, corpus)
+        targets = _checked(_targets(job, shared, machine, teacher, corpus))
         facts = facts_of(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
         facts["overlap"] = say_overlap(corpus, heldout, teacher.tokenizer, console)
         folder.begin(facts)
@@ -131,6 +131,13 @@ def _load_teacher(job: Conversion, machine: Machine, console: Console) -> Teache
     teacher = load_teacher(job.model, dtype=machine.dtype, device=device, quantize=job.quantize)
     console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
     return teacher
+
+
+def _checked(targets: Targets | None) -> Targets | None:
+    """Targets that are about to be read: a wrong cache is found before anything trains."""
+    if targets is not None:
+        targets.check()
+    return targets
 
 
 def _targets(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, corpus: Corpus) -> Targets | None:
