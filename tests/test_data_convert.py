@@ -56,7 +56,7 @@ def job(make_teacher, tmp_path: Path) -> Conversion:
 
 
 def test_a_mixture_is_converted_and_resumed(job: Conversion, monkeypatch: pytest.MonkeyPatch) -> None:
-    shown = Console(record=True, quiet=False, file=open(os.devnull, "w"))  # noqa: SIM115  lives as long as the test
+    shown = Console(record=True, width=10_000, file=open(os.devnull, "w"))  # noqa: SIM115  lives as long as the test
     whole = convert(job, shown)
     said = " ".join(shown.export_text().split())
     assert "text.jsonl (0.75 of the tokens)" in said
