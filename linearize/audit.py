@@ -86,10 +86,11 @@ def _heads(grafted: Graft) -> dict[str, str]:
     """What the projections and the configuration say."""
     student = next(iter(grafted.students.values()))
     family = student.family
-    biased = [name for name in family.submodules if getattr(student.get_submodule(name), "bias", None) is not None]
+    weights = {name: dict(student.get_submodule(name).named_parameters(recurse=False)) for name in family.submodules}
+    biased = [name for name, found in weights.items() if "bias" in found]
     norms = [name for name, _ in student.named_children() if "norm" in name]
     config = grafted.model.config
-    rope: dict[str, Any] = getattr(config, "rope_parameters", None) or {}
+    rope: dict[str, Any] = config.to_dict().get("rope_parameters") or {}
     kind = rope.get("rope_type", "default") if family.positions == "rotary" else "none; positions are learned"
     settings = ", ".join(f"{key} {value}" for key, value in rope.items() if key not in ("rope_type", "type"))
     shapes = student.shapes

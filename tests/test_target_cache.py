@@ -10,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from linearize import target_cache
 from linearize.caching import Targets
@@ -162,17 +160,10 @@ SHORT = (
 
 
 @pytest.fixture(scope="module")
-def job(make_teacher, tmp_path_factory) -> Conversion:
-    folder = tmp_path_factory.mktemp("job")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    backend = Tokenizer(models.BPE({"<end>": 0} | {char: i + 1 for i, char in enumerate(alphabet)}, []))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
-    make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0).save_pretrained(folder)
-    text = folder / "text.txt"
+def job(teacher_folder, tmp_path_factory) -> Conversion:
+    text = tmp_path_factory.mktemp("job") / "text.txt"
     text.write_text("\n\n".join(f"{n} lines of plain text are here, and {n * n} words." for n in range(200)))
-    return Conversion(str(folder), "hedgehog", data=str(text), overrides=SHORT)
+    return Conversion(str(teacher_folder), "hedgehog", data=str(text), overrides=SHORT)
 
 
 def losses(out: Path) -> list[dict[str, Any]]:
