@@ -37,6 +37,7 @@ def convert(
     quantize: str | None = None,
     targets: str | Path | None = None,
     compile: bool = False,
+    graphs: bool = True,
     profile: bool = False,
     stream_layers: bool = False,
     keep: int = 2,
@@ -63,6 +64,7 @@ def convert(
         quantize: load the teacher's weights in `"4bit"` or `"8bit"` (needs bitsandbytes).
         targets: folder of cached teacher targets, for stages with `top_k`; see `linearize cache-targets`.
         compile: compile the mixers for training; faster on many GPUs.
+        graphs: on a GPU, replay micro-batches from CUDA graphs where each is the same work.
         profile: trace a few steps of each stage into `out/run/profile`.
         stream_layers: keep frozen layers in host memory, on the GPU only while they compute.
         keep: how many checkpoints stay.
@@ -94,6 +96,7 @@ def convert(
         quantize=quantize,
         targets=targets,
         compile=compile,
+        graphs=graphs,
         profile=profile,
         stream_layers=stream_layers,
         keep=keep,

@@ -34,6 +34,7 @@ class Conversion:
     quantize: str | None = None  # the teacher's weights: 4bit or 8bit
     targets: str | Path | None = None  # folder of cached teacher targets
     compile: bool = False  # the mixers, for training: faster on a GPU that waits for its launches
+    graphs: bool = True  # on a GPU, micro-batches are replayed from CUDA graphs
     profile: bool = False  # a few steps of each stage, to run/profile
     stream_layers: bool = False  # frozen weights of a decoder layer are on the device only while it computes
     keep: int = 2  # checkpoints
@@ -55,6 +56,7 @@ class Conversion:
         words += [] if self.targets is None else ["--targets", str(self.targets)]
         words += [] if self.split is None else ["--split", self.split]
         words += ["--compile"] if self.compile else []
+        words += [] if self.graphs else ["--no-graphs"]
         words += ["--stream-layers"] if self.stream_layers else []
         return shlex.join([*words, "--out", str(self.out)])
 

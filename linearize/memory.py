@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
-from linearize.families import FAMILIES
+from linearize.families import FAMILIES, has_experts
 from linearize.live_memory import BLOCK, LiveMemory
 from linearize.machine import DTYPES, Precision
 from linearize.recipe import Recipe
@@ -100,8 +100,8 @@ def unpredictable(config: PreTrainedConfig, target: Target) -> str:
 
     Experts in fp32 pick their rows by what is in them, and tensors without memory have nothing in them.
     """
-    experts = not {"num_experts", "num_local_experts"}.isdisjoint(config.to_dict())
-    return "experts in fp32 cannot be traced without computing" if experts and target.precision == "fp32" else ""
+    fp32_experts = has_experts(config) and target.precision == "fp32"
+    return "experts in fp32 cannot be traced without computing" if fp32_experts else ""
 
 
 Peaks = dict[str, dict[str, int]]

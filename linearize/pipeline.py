@@ -16,6 +16,7 @@ from linearize.checkpoint import load_latest, restore_student
 from linearize.data import Corpus, scheduled_rows
 from linearize.distributed import Split, check_agreement, choose_split, shard_base, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
+from linearize.graphs import obstacle
 from linearize.job import Conversion, check_budgets, check_job
 from linearize.machine import Machine, choose_machine
 from linearize.measuring import Converted, Measured, evaluation, measure, measure_in_training
@@ -202,12 +203,24 @@ def _train(grafted: Graft, training: _Training, evaluate: Callable[[], dict[str,
                 processes=folder.processes,
                 split=training.split,
             )
-            _train_stage(built[-1], run, training, evaluate)
+            graphs = training.job.graphs and _recordable(recipe, index, grafted, training)
+            _train_stage(built[-1], run, training, evaluate, graphs)
     grafted.model.requires_grad_(False)
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
 
 
-def _train_stage(stage: Stage, run: Run, training: _Training, evaluate: Callable[[], dict[str, float]]) -> None:
+def _recordable(recipe: Recipe, index: int, grafted: Graft, training: _Training) -> bool:
+    """Whether the stage's micro-batches can be recorded as CUDA graphs; says why not, where there is a GPU for them."""
+    why = obstacle(recipe.stages[index], grafted)
+    if why and training.machine.device.type == "cuda":
+        training.console.print(f"Stage {index} runs without CUDA graphs: {why}.", highlight=False, markup=False)
+    return not why
+
+
+# Five parameters: those of the run, and those of this stage.
+def _train_stage(
+    stage: Stage, run: Run, training: _Training, evaluate: Callable[[], dict[str, float]], graphs: bool
+) -> None:
     """Run one stage, and note what it came to."""
     job, index = training.job, run.stage_index
     batches = _batches(training.corpus, training.shared, index)
@@ -219,6 +232,7 @@ def _train_stage(stage: Stage, run: Run, training: _Training, evaluate: Callable
         keep=job.keep,
         evaluate=evaluate,
         eval_every_steps=max(FEW_STEPS, stage.config.steps // training.recipe.evaluations),
+        graphs=graphs,
         profile=run.out / "profile" if job.profile and run.processes.main else None,
     )
     result = fit(stage, batches, run, settings)

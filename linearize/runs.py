@@ -27,6 +27,7 @@ class FitSettings:
         evaluate: returns numbers to log as `eval/<name>`. It must leave the model as it found it (train mode too);
             the random states are put back for it.
         eval_every_steps: steps between evaluations; None = at the stage's end only.
+        graphs: on a GPU, replay micro-batches from CUDA graphs; only where each is the same work (`graphs.obstacle`).
         profile: folder for a trace of a few steps, and a table of where their time goes; None = no profile.
     """
 
@@ -37,6 +38,7 @@ class FitSettings:
     save_in_background: bool = True
     evaluate: Callable[[], Mapping[str, float]] | None = None
     eval_every_steps: int | None = None
+    graphs: bool = False
     profile: Path | None = None
 
 

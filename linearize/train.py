@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -27,6 +28,7 @@ from linearize.checkpoint import (
 from linearize.data.prefetch import MadeAhead
 from linearize.distributed import Processes, Share, StepReport, send_from, share_of_layers
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
+from linearize.graphs import Launched, MicroBatches, Replayed
 from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
 from linearize.profiling import profiled
 from linearize.randomness import get_rng_state, seed_all, set_rng_state
@@ -80,6 +82,7 @@ def fit(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> FitR
     with (
         interruptible(run.processes) as interrupt,
         work.batches,
+        closing(work.run_one),
         Saver(run, settings, share, optimizer, stage.course) as saver,
         run.progress.stage(stage.name, config.steps, state.step) as progress,
         profiled(settings.profile, f"stage{run.stage_index}", work.device) as step_ended,
@@ -129,7 +132,7 @@ class _Work:
     run: Run
     share: Share
     parameters: dict[str, nn.Parameter]
-    accelerator: Accelerator
+    run_one: MicroBatches
     optimizer: torch.optim.Optimizer
     device: torch.device
 
@@ -137,6 +140,7 @@ class _Work:
         """The clipped gradients of the next step; this process's metrics, and what in them is not finite."""
         config, parameters = self.stage.config, self.parameters.values()
         numbers = self.share.micro_batches(state.micro_batches, config.accumulation)
+        self.run_one.begin_step()
         micro_batches = [self._micro_batch(number) for number in numbers]
         self.share.exchange_gradients(parameters)
         with span("optimizer"):
@@ -149,14 +153,8 @@ class _Work:
         """Add the gradients of one micro-batch. Its random numbers are its own: the same on any number of processes."""
         seed_all(self.run.seed, self.run.stage_index, number)
         with span("data"):
-            batch = self.batches[number].to(self.device)
-        with self.accelerator.autocast():
-            return self.stage.train_micro_batch(batch, self._backward)
-
-    def _backward(self, loss: Tensor) -> None:
-        # gradients are taken in the dtypes the forward chose; autocast is for forwards only
-        with torch.autocast(self.device.type, enabled=False):
-            self.accelerator.backward(loss)  # divides by the accumulation
+            batch = self.batches[number]
+        return self.run_one(batch)
 
 
 def _prepare(stage: Stage, batches: Batches, run: Run, settings: FitSettings) -> _Work:
@@ -168,7 +166,30 @@ def _prepare(stage: Stage, batches: Batches, run: Run, settings: FitSettings) ->
     accelerator.gradient_accumulation_steps = stage.config.accumulation
     optimizer = _adamw(stage.course.groups(parameters), stage.config.optimizer)
     ahead = MadeAhead(batches, device, share.stride)
-    return _Work(stage, ahead, run, share, parameters, accelerator, optimizer, device)
+    run_one = _micro_batches(stage, accelerator, list(parameters.values()), run, settings)
+    return _Work(stage, ahead, run, share, parameters, run_one, optimizer, device)
+
+
+# Five parameters: a micro-batch is the one place where all of these meet.
+def _micro_batches(
+    stage: Stage, accelerator: Accelerator, parameters: Sequence[nn.Parameter], run: Run, settings: FitSettings
+) -> MicroBatches:
+    """How micro-batches run: launched, or replayed from CUDA graphs."""
+    device = parameters[0].device
+
+    def backward(loss: Tensor) -> None:
+        # gradients are taken in the dtypes the forward chose; autocast is for forwards only
+        with torch.autocast(device.type, enabled=False):
+            accelerator.backward(loss)  # divides by the accumulation
+
+    def work(batch: Batch) -> Mapping[str, Tensor]:
+        with accelerator.autocast():
+            return stage.train_micro_batch(batch, backward)
+
+    # other processes' parts cannot be recorded, and a profile wants to see the parts of a step
+    if settings.graphs and device.type == "cuda" and run.split == "data" and settings.profile is None:
+        return Replayed(work, parameters, device)
+    return Launched(work, device)
 
 
 def check_budget(config: StageConfig, stage_index: int) -> None:

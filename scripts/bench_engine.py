@@ -34,6 +34,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from linearize.data import Corpus, PackedRows
+from linearize.graphs import obstacle
 from linearize.machine import DTYPES, Machine, choose_machine, versions
 from linearize.memory import Target, predict_memory
 from linearize.metrics import MetricsLog, Progress, read_metrics
@@ -99,6 +100,7 @@ class Settings:
     warmup: int
     seconds: float
     compiled: bool
+    graphs: bool
 
     def recipe_for(self, case: Case) -> Recipe:
         """The recipe with the case's sizes: one micro-batch a step, as many tokens as the steps need."""
@@ -243,7 +245,8 @@ def measure_stage(
             metrics=metrics, progress=Progress(Console(quiet=True)), seed=0, recipe_hash="", corpus_fingerprint="",
         )  # fmt: skip
         with Peak(device) as peak:
-            fit(stage, rows, run, FitSettings(mixed_precision=settings.machine.mixed_precision, save_every_seconds=1e9))
+            graphs = settings.graphs and not obstacle(stage.config, grafted)
+            fit(stage, rows, run, FitSettings(settings.machine.mixed_precision, None, 1e9, graphs=graphs))
         seconds = [record["seconds"] for record in read_metrics(metrics.path)][settings.warmup :]
     for parameter in stage.trainable().values():
         parameter.grad = None
@@ -320,12 +323,15 @@ def main() -> int:
     parser.add_argument("--warmup", type=int, default=3, help="steps and calls that do not count")
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each forward that is measured by itself")
     parser.add_argument("--compile", action="store_true", help="compile the mixers")
+    parser.add_argument("--no-graphs", action="store_true", help="launch micro-batches, do not replay CUDA graphs")
     parser.add_argument("--out", type=Path, required=True, help="JSON, written after every row")
     asked = parser.parse_args()
     if asked.steps <= asked.warmup:
         parser.error("--steps must be more than --warmup")
     machine = choose_machine(asked.device, "auto")
-    settings = Settings(machine, asked.recipe, asked.steps, asked.warmup, asked.seconds, asked.compile)
+    settings = Settings(
+        machine, asked.recipe, asked.steps, asked.warmup, asked.seconds, asked.compile, not asked.no_graphs
+    )
     facts = {"device": machine.name, "precision": machine.precision, "date": datetime.now(UTC).isoformat(),
              "versions": versions(), "command": " ".join(sys.argv), "recipe": asked.recipe}  # fmt: skip
     rows: list[dict[str, Any]] = []

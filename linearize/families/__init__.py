@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import PreTrainedConfig
+
 from linearize.errors import SurgeryError, unknown_name
 from linearize.families.base import Fused, ModelFamily, QueryKeyNorm, Split, Window
 from linearize.families.gemma2 import GEMMA2
@@ -20,7 +22,17 @@ from linearize.families.qwen3_moe import QWEN3_MOE
 from linearize.families.smollm3 import SMOLLM3
 from linearize.families.stablelm import STABLELM
 
-__all__ = ["FAMILIES", "NOT_TEXT", "Fused", "ModelFamily", "QueryKeyNorm", "Split", "Window", "family_of"]
+__all__ = [
+    "FAMILIES",
+    "NOT_TEXT",
+    "Fused",
+    "ModelFamily",
+    "QueryKeyNorm",
+    "Split",
+    "Window",
+    "family_of",
+    "has_experts",
+]
 
 FAMILIES: dict[str, ModelFamily] = {
     family.model_type: family
@@ -45,6 +57,11 @@ FAMILIES: dict[str, ModelFamily] = {
 
 NOT_TEXT: dict[str, str] = {"gemma3": GEMMA3.model_type}
 """Multimodal model types, and the family of the text model inside."""
+
+
+def has_experts(config: PreTrainedConfig) -> bool:
+    """Whether a router chooses which weights a token meets."""
+    return not {"num_experts", "num_local_experts"}.isdisjoint(config.to_dict())
 
 
 def family_of(model_type: str) -> ModelFamily:

@@ -178,6 +178,11 @@ class StageConfig(Config):
         """Whether no layer's gradient depends on another layer, so that processes may share the layers."""
         return False
 
+    @property
+    def changes(self) -> str:
+        """What may differ in the work of two micro-batches of one shape, in words; empty where nothing does."""
+        return ""
+
     def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
         """What this stage cannot do with such a mixer: key of this configuration -> rule and remedy."""
         return {}

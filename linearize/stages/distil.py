@@ -67,6 +67,11 @@ class DistilConfig(StageConfig):
             raise ValueError("lora has settings, but train does not name lora; add it to train, or make lora null")
         return self
 
+    @property
+    def changes(self) -> str:
+        recomputed = "activations are recomputed, and the random state is looked at for it"
+        return recomputed if self.checkpoint_activations is True else ""
+
     def check_family(self, family: ModelFamily) -> None:
         targets = () if self.lora is None else self.lora.names_in(family)
         adapted = {target.removeprefix(f"{family.attention}.") for target in targets}

@@ -147,6 +147,13 @@ class TransferConfig(StageConfig):
         """Not where layers see each other's answers, nor where one process judges them all."""
         return self.student_forcing is None and self.watch is None
 
+    @property
+    def changes(self) -> str:
+        if not self.layers_train_alone:
+            return "student_forcing and watch change which layers do what"
+        rows = [name for name in ("attention_ce", "matrix") if self.objective.get(name)]
+        return f"{' and '.join(rows)} recompute rows, and look at the random state for it" if rows else ""
+
     def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
         fitting = [name for name, objective in OBJECTIVES.items() if mixer.rows in objective.rows]
         asked = [name for name, weight in self.objective.items() if weight > 0]

@@ -61,6 +61,8 @@ class Inputs:
         tile = min(power(self.values), chosen.values or needs.bytes // self.dtype.itemsize)
         stages = min(needs.stages, 2 if self.widest > 128 else 3)  # more do not fit a program's shared memory
         warps, stages = max(needs.warps, chosen.warps), max(stages, chosen.stages)
+        if self.dtype == torch.float32 and tile < 32:  # Triton 3.6: two warpgroups that share 16 fp32 columns read
+            warps = min(warps, 4)  # beyond shared memory
         arguments = {"C": self.chunk, "V": tile, "num_warps": warps, "num_stages": stages}
         return -(-self.values // tile), self.sizes | arguments
 

@@ -1,0 +1,196 @@
+"""Micro-batches as CUDA graphs: recorded once, then replayed, so that a small model does not wait for Python.
+
+A micro-batch is thousands of launches, and asking for one takes the host longer than a small model takes the GPU to do
+it. All micro-batches of a stage are the same work on other numbers, so they are one graph.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from linearize.errors import RunError
+from linearize.families import has_experts
+from linearize.quantized import is_quantized
+from linearize.stages.base import Batch, StageConfig
+from linearize.surgery import Graft, sliding_layers
+
+log = logging.getLogger(__name__)
+
+Work = Callable[[Batch], Mapping[str, Tensor]]
+"""Adds the gradients of a batch on the device to its parameters' `.grad`; returns scalar metrics."""
+
+RUNS_BEFORE = 2
+"""Micro-batches that run as they are before one is recorded: kernels get compiled, and libraries choose theirs."""
+
+ROOM = 1.5
+"""Free memory that recording wants, in units of what a micro-batch takes: a graph keeps its own between its runs, and
+what runs beside it, such as an evaluation, needs memory too."""
+
+
+def obstacle(config: StageConfig, graft: Graft) -> str:
+    """Why a stage's micro-batches cannot be recorded; empty where they can."""
+    model = graft.observed.model
+    obstacles = {
+        "layers are streamed": graft.stream is not None,
+        "quantised weights are unpacked in ways of their own": is_quantized(model),
+        "experts get as many tokens as the router says": has_experts(model.config),
+        "transformers looks at positions on the host to mask them": model.config._attn_implementation != "sdpa"
+        or bool(sliding_layers(model)),
+    }
+    return config.changes or next((words for words, so in obstacles.items() if so), "")
+
+
+class MicroBatches(Protocol):
+    """Runs one micro-batch after another."""
+
+    def begin_step(self) -> None:
+        """The gradients of the step before are no longer needed."""
+        ...
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Run a batch from the host; its metrics."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is held between micro-batches."""
+        ...
+
+
+class Launched:
+    """Micro-batches launched operation by operation."""
+
+    def __init__(self, work: Work, device: torch.device) -> None:
+        self._work, self._device = work, device
+
+    def begin_step(self) -> None:
+        pass
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        return self._work(batch.to(self._device))
+
+    def close(self) -> None:
+        pass
+
+
+class _Recording(NamedTuple):
+    graph: torch.cuda.CUDAGraph
+    batch: Batch  # its inputs, read at every replay
+    names: tuple[str, ...]
+    metrics_N: Tensor
+
+
+class Replayed:
+    """Micro-batches replayed from a CUDA graph, once a few of the same shape have been launched.
+
+    The numbers are those of `Launched`: the same kernels run in the same order, and random numbers follow the state of
+    the generator. Gradients add up in tensors that stay, since a graph knows addresses only.
+
+    Args:
+        work: looks at no number on the host, and does the same for all batches of one shape.
+        parameters: what trains.
+    """
+
+    def __init__(self, work: Work, parameters: Sequence[nn.Parameter], device: torch.device) -> None:
+        self._work, self._parameters, self._device = work, parameters, device
+        self._learning: list[nn.Parameter] = []
+        self._gradients: dict[nn.Parameter, Tensor] = {}
+        self._launched: Counter[tuple[torch.Size, ...]] = Counter()
+        self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
+        # one stream for all that is launched and recorded: autograd adds gradients up on the stream of their first use
+        self._stream = torch.cuda.Stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._full = False
+
+    def begin_step(self) -> None:
+        if self._gradients:
+            torch._foreach_zero_(list(self._gradients.values()))
+        for parameter, gradient in self._gradients.items():
+            parameter.grad = gradient
+
+    def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
+        batch = _packed(batch)
+        form = tuple(tensor.shape for tensor in _tensors(batch))
+        before = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(before)
+        with torch.cuda.stream(self._stream):
+            if form not in self._recordings and self._launched[form] >= RUNS_BEFORE and self._has_room():
+                self._recordings[form] = self._record(batch)
+            recording = self._recordings.get(form)
+            metrics = self._launch(batch, form) if recording is None else _replay(recording, batch)
+        before.wait_stream(self._stream)
+        return metrics
+
+    def close(self) -> None:
+        self._recordings.clear()
+        self._gradients.clear()
+        torch._C._cuda_clearCublasWorkspaces()  # those of our stream: nobody else would use or free them
+
+    def _launch(self, batch: Batch, form: tuple[torch.Size, ...]) -> Mapping[str, Tensor]:
+        self._launched[form] += 1
+        metrics = self._work(batch.to(self._device))
+        self._learning = [parameter for parameter in self._parameters if parameter.grad is not None]
+        return metrics
+
+    def _has_room(self) -> bool:
+        """Whether the graph's memory fits beside what else needs some; asked once, for it does not get better."""
+        if not self._full:
+            taken = torch.cuda.memory_allocated(self._device)
+            needed = torch.cuda.max_memory_allocated(self._device) - taken
+            free = torch.cuda.mem_get_info(self._device)[0] + torch.cuda.memory_reserved(self._device) - taken
+            self._full = free < ROOM * needed
+            if self._full:
+                log.info("no CUDA graph: a micro-batch takes %.1f GiB, %.1f are free", needed / 2**30, free / 2**30)
+        return not self._full
+
+    def _record(self, batch: Batch) -> _Recording:
+        """Record what `_work` does with a batch of this shape; nothing is computed yet."""
+        for parameter in self._learning:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+            self._gradients[parameter] = parameter.grad
+        inputs = batch.to(self._device)
+        graph = torch.cuda.CUDAGraph()
+        # only this thread's mistakes end the recording: another one pins the memory of the next batches
+        try:
+            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                metrics = self._work(inputs)
+                metrics_N = torch.stack([value.float() for value in metrics.values()])
+        except RuntimeError as error:  # CUDA is not to be trusted in this process any more
+            raise RunError(
+                f"a micro-batch cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}",
+                remedy="Go on with the same command, `--resume` and `--no-graphs`.",
+            ) from error
+        log.info("recorded a CUDA graph of micro-batches %s", list(inputs.input_ids_BT.shape))
+        return _Recording(graph, inputs, tuple(metrics), metrics_N)
+
+
+def _replay(recording: _Recording, batch: Batch) -> Mapping[str, Tensor]:
+    for place, values in zip(_tensors(recording.batch), _tensors(batch), strict=True):
+        place.copy_(values, non_blocking=True)
+    recording.graph.replay()
+    return dict(zip(recording.names, recording.metrics_N.clone().unbind(), strict=True))
+
+
+def _packed(batch: Batch) -> Batch:
+    """The batch with document numbers, where every row is one document too: one shape, and one way to mask, for all."""
+    if batch.segments_BT is not None:
+        return batch
+    return replace(batch, segments_BT=torch.zeros_like(batch.input_ids_BT))
+
+
+def _tensors(batch: Batch) -> tuple[Tensor, ...]:
+    assert batch.segments_BT is not None
+    return (
+        batch.input_ids_BT,
+        batch.position_ids_BT,
+        batch.segments_BT,
+        batch.target_mask_BT,
+        *(batch.teacher or ()),
+    )
