@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.distributed import Processes, Split, shard_base, start_processes
+from linearize.graphs import obstacle
 from linearize.machine import versions
 from linearize.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
 from linearize.recipe import load_recipe
@@ -62,6 +63,9 @@ WAYS: tuple[tuple[str, Split], ...] = (
     ("distil", "data"),
     ("distil", "fsdp"),  # last: sharding cannot be undone
 )
+ALONE: Split = "data"
+"""What one process does, against which every way is measured."""
+
 START: dict[str, torch.Tensor] = {}
 """The student's weights before their first step, in this process."""
 
@@ -118,7 +122,9 @@ def build(options: argparse.Namespace, device: torch.device) -> Graft:
 def stage_config(options: argparse.Namespace, stage: str, rows: int, steps: int) -> StageConfig:
     """The recipe's first stage of that kind, for so many steps of so many rows."""
     config = next(config for config in load_recipe(options.recipe).stages if config.kind == stage)
-    size = {"length": options.length, "batch": rows, "micro_batch": options.micro_batch}
+    size: dict[str, Any] = {"length": options.length, "batch": rows, "micro_batch": options.micro_batch}
+    if options.recompute and stage == "distil":
+        size["checkpoint_activations"] = True
     return config.model_copy(update=size | {"tokens": steps * rows * options.length})
 
 
@@ -145,7 +151,8 @@ def train(grafted: Graft, config: StageConfig, processes: Processes, split: Spli
             split=split,
         )
         precision = "bf16" if grafted.model.device.type == "cuda" else "no"
-        fit(stage, RandomRows(config, grafted.model.config.vocab_size), run, FitSettings(precision, None, 1e9))
+        settings = FitSettings(precision, None, 1e9, graphs=not obstacle(config, grafted))
+        fit(stage, RandomRows(config, grafted.model.config.vocab_size), run, settings)
         records = read_metrics(metrics.path)
     return [record["seconds"] for record in records], [record["loss"] for record in records]
 
@@ -169,13 +176,14 @@ def work(options: argparse.Namespace) -> None:
     processes = start_processes(options.device)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     grafted, sharded = build(options, device), False
-    for stage, split in WAYS:
-        if processes.count == 1 and split != "data":
-            continue
+    asked = WAYS if options.way is None else [way for way in WAYS if "-".join(way) in options.way]
+    for stage, split in asked if processes.count > 1 else [(stage, ALONE) for stage in dict(asked)]:
         if split == "fsdp" and not sharded:
             shard_base(grafted, device, processes)
             sharded = True
-        for scaling, rows in (("strong", options.rows), ("weak", options.rows_each * processes.count)):
+        for scaling, rows in {"strong": options.rows, "weak": options.rows_each * processes.count}.items():
+            if options.scaling not in (None, scaling):
+                continue
             config = stage_config(options, stage, rows, options.steps)
             seconds, losses = train(grafted, config, processes, split)
             memory = processes.gather(peak_memory_bytes(device))
@@ -254,6 +262,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rows-each", type=int, default=2, help="weak scaling: rows a step and process")
     parser.add_argument("--micro-batch", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--scaling", choices=("strong", "weak"), default=None, help="only this one")
+    parser.add_argument("--way", action="append", choices=["-".join(way) for way in WAYS], help="only these")
+    parser.add_argument("--recompute", action="store_true", help="distil computes decoder layers again, to save memory")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
