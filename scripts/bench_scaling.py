@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -194,8 +195,8 @@ def work(options: argparse.Namespace) -> None:
                 print(json.dumps(asdict(found)), flush=True)
 
 
-def launch(count: int, options: argparse.Namespace) -> list[Measured]:
-    """Start that many processes and collect what the main one measures."""
+def launch(count: int) -> Iterator[Measured]:
+    """Start that many processes; what the main one measures, as it comes."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -207,11 +208,11 @@ def launch(count: int, options: argparse.Namespace) -> list[Measured]:
         surroundings = {"NCCL_NVLS_ENABLE": "0", "OMP_NUM_THREADS": "1", **os.environ, **own}
         output = subprocess.PIPE if rank == 0 else subprocess.DEVNULL
         children.append(subprocess.Popen(command, env=surroundings, stdout=output, text=True))
-    printed, _ = children[0].communicate()
-    codes = [child.wait() for child in children]
-    if any(codes):
+    printed = children[0].stdout
+    assert printed is not None
+    yield from (Measured(**json.loads(line)) for line in printed if line.startswith("{"))
+    if any([child.wait() for child in children]):
         raise SystemExit(f"{count} processes: one failed")
-    return [Measured(**json.loads(line)) for line in printed.splitlines() if line.startswith("{")]
 
 
 def compare(found: list[Measured]) -> list[dict[str, Any]]:
@@ -279,10 +280,10 @@ def main() -> None:
     device = torch.cuda.get_device_name() if cuda else f"CPU with {os.cpu_count()} cores"
     settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out")}
     found: list[Measured] = []
-    for count in map(int, options.processes.split(",")):
-        found += launch(count, options)
+    for one in (one for count in options.processes.split(",") for one in launch(int(count))):
+        found.append(one)
         content = {"device": device, "settings": settings, "versions": versions(), "measured": compare(found)}
-        if options.out is not None:  # after each number: a later one may fail
+        if options.out is not None:  # after each: a later one may fail
             options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     title = f"{options.shape}, T={options.length}, {options.recipe}, {device}"
     Console(width=140).print(table(compare(found), title))
