@@ -211,7 +211,8 @@ def launch(count: int) -> Iterator[Measured]:
     printed = children[0].stdout
     assert printed is not None
     yield from (Measured(**json.loads(line)) for line in printed if line.startswith("{"))
-    if any([child.wait() for child in children]):
+    codes = [child.wait() for child in children]
+    if any(codes):
         raise SystemExit(f"{count} processes: one failed")
 
 
