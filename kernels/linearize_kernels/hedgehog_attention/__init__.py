@@ -89,7 +89,7 @@ def _walk(
 
     dtype = v_BTGV.dtype
     y, _, end_s, end_z, _, _ = walk(
-        unit(q_BTHK.to(dtype)), unit(k_BTGK.to(dtype)), unit(v_BTGV),
+        unit(q_BTHK, dtype), unit(k_BTGK, dtype), unit(v_BTGV),
         contiguous(log_gate_BTH), contiguous(mask_BT), contiguous(segments_BT),
         query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
         contiguous(query_map.bias_HF), contiguous(key_map.bias_HF),
