@@ -191,12 +191,12 @@ def _walk(
         if plan.passes > 1 and all_sums is not None:
             sums, carry = sums[number], carry[number]
         starts = plan.own(number, start_s, start_z)
-        own_maps = given(q, *signed(number, *maps))
+        own_maps, others = given(q, *signed(number, *maps)), given(q, other, other_den, *starts)
         if plan.splits > 1:
             plan.kernel("add_up_splits", plan.splits - 1)((k, v, *masks, own_maps[1], own_maps[3], sums, carry))
         flags = (("STARTED", start_s is not None), ("OTHER", other is not None), ("SCALED", scaled))
         plan.kernel("walk_forward", plan.splits, *flags)(
-            (q, k, v, *masks, *own_maps, *given(q, other, other_den, *starts), sums, carry, y, *given(end[1], scale), *end),
+            (q, k, v, *masks, *own_maps, *others, sums, carry, y, *given(end[1], scale), *end),
             epsilon if last else 0.0,
         )
         ends.append(end)

@@ -442,7 +442,8 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                  MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                  BIAS: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr, STARTED: tl.constexpr,
-                 NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
+                 PRECISION: tl.constexpr):  # fmt: skip
     """y [B, T, H, V] and scale = 1 / D [B, T, H] where NORMALISED, the numerator and D otherwise, and the state after
     the last token; grid (B * H, N, value tiles). Not SCALED: without the scale.
     """
@@ -535,9 +536,8 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
             den = 1.0 / tl.where(den == 0, 1.0, den)
             num *= den[:, None]
         store_rows(y, num, first, H * values, length, tile, C, V)
-        if SCALED:
-            if column == 0:
-                store_column(scale, den, first, H, length, C)
+        if SCALED and column == 0:
+            store_column(scale, den, first, H, length, C)
         sp, sn, zp, zn, log_carry = add_keys(
             sp,
             sn,
