@@ -40,6 +40,7 @@ class Given(NamedTuple):
     position_embeddings: tuple[Tensor, Tensor] | None
     padding_mask_BT: Tensor | None
     segments_BT: Tensor | None
+    cache: Cache | None
 
 
 class StudentAttention(nn.Module):
@@ -78,11 +79,11 @@ class StudentAttention(nn.Module):
         """Attend as student or as teacher; the teacher gets HF's `arguments` as they came."""
         if not self.family.hands_on:
             padding_mask_BT, segments_BT = self.handed
-        given = Given(hidden_states, arguments.get("position_embeddings"), padding_mask_BT, segments_BT)
+        cache: Cache | None = arguments.get(self.family.cache)
+        given = Given(hidden_states, arguments.get("position_embeddings"), padding_mask_BT, segments_BT, cache)
         if self.mode == "teacher":
             return self._attend_as_teacher(given, arguments)
         heads = self._heads(given, self._projected(hidden_states))
-        cache: Cache | None = arguments.get(self.family.cache)
         layer = None if cache is None else student_layer(cache, self.layer_idx)
         mixed_BTHV, state = self.mix(heads, None if layer is None else layer.state)
         if layer is not None:
@@ -152,6 +153,7 @@ class StudentAttention(nn.Module):
             rope=None if rope is None else Rope(*rope),
             mask_BT=None if mask_BT is None else mask_BT[:, -given.x_BTD.shape[1] :].bool(),
             segments_BT=given.segments_BT,
+            last=given.cache is None,
         )
 
     def _split(self, projections: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:

@@ -154,7 +154,7 @@ def _walk(
         None if log_gate is None else log_gate.contiguous(), None, contiguous(segments_BT), None, None, None, None,
         None if other is None else other.o_BTHV.to(dtype).contiguous(),
         None if other is None else other.den_BTH.float().contiguous(),
-        contiguous(s), contiguous(z), "none", normalised, epsilon, 0, 0,
+        contiguous(s), contiguous(z), "none", normalised, epsilon, 0, 0, True,
     )  # fmt: skip
     return y, scale, LinearState(end_s[:, ::shared], end_z[:, ::shared])
 

@@ -164,7 +164,7 @@ def _fake_walk(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int, ended: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     plan = Plan(q, k, v, gate, mask, segments, query_weight, query_bias, feature_map, normalised, delay, skip)
     return plan.new_output(), plan.new_scale(), *plan.new_state(plan.passes), *plan.new_sums(plan.passes)
@@ -174,9 +174,9 @@ def _walk(
     kept: bool, q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
-) -> tuple[Tensor, Optional, Tensor, Tensor, Optional, Optional]:  # fmt: skip
-    """`walk`; where not `kept`, without what only its backward pass reads."""
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int, ended: bool,
+) -> tuple[Tensor, Optional, Optional, Optional, Optional, Optional]:  # fmt: skip
+    """`walk`; where not `kept`, without what only its backward pass reads, and without the state if not `ended`."""
     maps = (query_weight, key_weight, query_bias, key_bias)
     plan = find_plan(q, k, v, gate, mask, segments, *maps, feature_map, normalised, delay, skip)
     all_sums, all_carries = plan.new_sums(plan.passes) if kept or plan.splits > 1 else (None, None)
@@ -186,17 +186,18 @@ def _walk(
     for number in range(plan.passes):
         last = number == plan.passes - 1
         scaled = kept or not normalised or not last
-        y, scale, end = plan.new_output(), plan.new_scale() if scaled else None, plan.new_state(1)
-        sums, carry = given(end[0], all_sums, all_carries)
+        y, scale = plan.new_output(), plan.new_scale() if scaled else None
+        end = plan.new_state(1) if ended else (None, None)
+        sums, carry = given(y, all_sums, all_carries)
         if plan.passes > 1 and all_sums is not None:
             sums, carry = sums[number], carry[number]
         starts = plan.own(number, start_s, start_z)
         own_maps, others = given(q, *signed(number, *maps)), given(q, other, other_den, *starts)
         if plan.splits > 1:
             plan.kernel("add_up_splits", plan.splits - 1)((k, v, *masks, own_maps[1], own_maps[3], sums, carry))
-        flags = (("STARTED", start_s is not None), ("OTHER", other is not None), ("SCALED", scaled))
+        flags = (("STARTED", start_s is not None), ("OTHER", other is not None), ("SCALED", scaled), ("ENDED", ended))
         plan.kernel("walk_forward", plan.splits, *flags)(
-            (q, k, v, *masks, *own_maps, *others, sums, carry, y, *given(end[1], scale), *end),
+            (q, k, v, *masks, *own_maps, *others, sums, carry, y, *given(y, scale, *end)),
             epsilon if last else 0.0,
         )
         ends.append(end)
@@ -206,7 +207,9 @@ def _walk(
             before = (y, scale)
             if normalised:  # what was found so far is the next pass's other branch
                 other, other_den = y, scale.reciprocal()
-    end_s, end_z = ends[0] if len(ends) == 1 else (torch.cat(parts, dim=2) for parts in zip(*ends, strict=True))
+    end_s, end_z = ends[0]
+    if ended and len(ends) == 2:
+        end_s, end_z = (torch.cat(parts, dim=2) for parts in zip(*ends, strict=True))
     return y, scale, end_s, end_z, all_sums, all_carries
 
 
@@ -219,16 +222,17 @@ def walk(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int, ended: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Outputs [B, T, H, V] and scale [B, T, H] (or numerator and denominator), end state s and z, sums and carries.
 
     All tensors have unit stride in the last dimension; gate, mask, segments, maps, other and states are contiguous.
-    The key and value of token t are those of row t - delay; the first `skip` rows are left out.
+    The key and value of token t are those of row t - delay; the first `skip` rows are left out. If not `ended`, nobody
+    reads the end state, and None may stand for it.
     """
     found = _walk(
         True, q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias,
-        other, other_den, start_s, start_z, feature_map, normalised, epsilon, delay, skip,
+        other, other_den, start_s, start_z, feature_map, normalised, epsilon, delay, skip, True,
     )  # fmt: skip
     return found  # type: ignore[return-value]  # all are there
 
@@ -357,7 +361,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
     ctx.save_for_backward(*inputs[:14], *output)
     ctx.mark_non_differentiable(*output[1 if inputs[15] else 2 : 2], *output[4:])
     ctx.feature_map, ctx.normalised = inputs[14:16]
-    ctx.delay, ctx.skip = inputs[17:]
+    ctx.delay, ctx.skip = inputs[17:19]
     ctx.set_materialize_grads(False)
 
 
@@ -377,7 +381,7 @@ def _differentiate(ctx: Any, dy: Optional, d_scale: Optional, d_s: Optional, d_z
         ctx.skip,
         *outputs,
     )
-    gradients: list[Optional] = [None] * 19
+    gradients: list[Optional] = [None] * 20
     for place, gradient in zip(DIFFERENTIABLE, found, strict=True):
         tensor = tensors[place]
         gradients[place] = gradient.to(tensor.dtype) if tensor is not None and ctx.needs_input_grad[place] else None

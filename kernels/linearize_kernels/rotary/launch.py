@@ -40,7 +40,8 @@ def _run(
 def _new_outputs(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
+    form = torch.contiguous_format
+    return torch.empty_like(q, dtype=dtype, memory_format=form), torch.empty_like(k, dtype=dtype, memory_format=form)
 
 
 @operation("rotary", _new_outputs)
