@@ -40,6 +40,7 @@ class Given(NamedTuple):
     position_embeddings: tuple[Tensor, Tensor] | None
     padding_mask_BT: Tensor | None
     segments_BT: Tensor | None
+    cache: Cache | None
 
 
 class StudentAttention(nn.Module):
@@ -78,11 +79,11 @@ class StudentAttention(nn.Module):
         """Attend as student or as teacher; the teacher gets HF's `arguments` as they came."""
         if not self.family.hands_on:
             padding_mask_BT, segments_BT = self.handed
-        given = Given(hidden_states, arguments.get("position_embeddings"), padding_mask_BT, segments_BT)
+        cache: Cache | None = arguments.get(self.family.cache)
+        given = Given(hidden_states, arguments.get("position_embeddings"), padding_mask_BT, segments_BT, cache)
         if self.mode == "teacher":
             return self._attend_as_teacher(given, arguments)
-        heads = self._heads(given, [self.get_submodule(name)(hidden_states) for name in self._projections()])
-        cache: Cache | None = arguments.get(self.family.cache)
+        heads = self._heads(given, self._projected(hidden_states))
         layer = None if cache is None else student_layer(cache, self.layer_idx)
         mixed_BTHV, state = self.mix(heads, None if layer is None else layer.state)
         if layer is not None:
@@ -103,13 +104,12 @@ class StudentAttention(nn.Module):
 
     def project(self, heads: HeadInputs) -> HeadInputs:
         """The heads that the projections of this very layer make of the same input `x_BTD`."""
-        projections = [self.get_submodule(name)(heads.x_BTD) for name in self._projections()]
-        q_BTHK, k_BTGK, v_BTGV = self._split(projections)
+        q_BTHK, k_BTGK, v_BTGV = self._split(self._projected(heads.x_BTD))
         return replace(heads, q_BTHK=q_BTHK, k_BTGK=k_BTGK, v_BTGV=v_BTGV)
 
     def answer(self, mixed_BTHV: Tensor) -> Tensor:
         """The layer's output [B, T, D]: mixed values through the output projection."""
-        answer_BTD: Tensor = self.get_submodule(self.family.output)(mixed_BTHV.flatten(2))
+        answer_BTD: Tensor = self._child(self.family.output)(mixed_BTHV.flatten(2))
         return answer_BTD
 
     def teacher_answer(self, mixed_BTHV: Tensor) -> Tensor:
@@ -132,6 +132,15 @@ class StudentAttention(nn.Module):
     def _projections(self) -> tuple[str, ...]:
         return self.family.projections.names
 
+    def _projected(self, x_BTD: Tensor) -> list[Tensor]:
+        return [self._child(name)(x_BTD) for name in self.family.projections.names]
+
+    def _child(self, name: str) -> nn.Module:
+        """Looked up on every call, as adapters and quantisation replace them; `get_submodule` walks paths, slowly."""
+        child = self._modules[name]
+        assert child is not None, name
+        return child
+
     def _heads(self, given: Given, projections: list[Tensor]) -> HeadInputs:
         q_BTHK, k_BTGK, v_BTGV = self._split(projections)
         rope = given.position_embeddings if self.shapes.rotates else None
@@ -144,6 +153,7 @@ class StudentAttention(nn.Module):
             rope=None if rope is None else Rope(*rope),
             mask_BT=None if mask_BT is None else mask_BT[:, -given.x_BTD.shape[1] :].bool(),
             segments_BT=given.segments_BT,
+            last=given.cache is None,
         )
 
     def _split(self, projections: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,8 +162,8 @@ class StudentAttention(nn.Module):
         norm = self._norm
         if norm is not None:
             apply = NORMS[norm.over]
-            q_BTHK = apply(self.get_submodule(norm.query), q_BTHK)
-            k_BTGK = apply(self.get_submodule(norm.key), k_BTGK)
+            q_BTHK = apply(self._child(norm.query), q_BTHK)
+            k_BTGK = apply(self._child(norm.key), k_BTGK)
         return q_BTHK, k_BTGK, v_BTGV
 
 

@@ -84,7 +84,7 @@ def run(case: str, made: dict[str, Any]) -> Tensor:
     if CASES[case][0] == "window":
         return window_attention(made["q"], made["k"], made["v"], WIDTH).o_BTHV
     maps = (made["query_weight"], made["key_weight"], None, None)
-    rest = (None, None, None, None, CASES[case][0], True, 0.0, 0, 0)
+    rest = (None, None, None, None, CASES[case][0], True, 0.0, 0, 0, False)
     y: Tensor = walk(made["q"], made["k"], made["v"], made["gate"], None, None, *maps, *rest)[0]
     return y
 

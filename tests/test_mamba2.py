@@ -285,7 +285,7 @@ def test_the_convolution_on_values_reads_its_tail_when_decoding() -> None:
     whole, _ = mixer(heads)
     state, found = None, []
     for t in range(6):
-        one = HeadInputs(*(tensor[:, t : t + 1] for tensor in vars(heads).values() if tensor is not None))
+        one = HeadInputs(*(tensor[:, t : t + 1] for tensor in vars(heads).values() if isinstance(tensor, Tensor)))
         y, state = mixer(one, state)
         found.append(y)
     close(torch.cat(found, 1), whole)
@@ -317,7 +317,9 @@ def test_row_weights_multiply_the_convolved_values(variant: Variant, form: str) 
 def test_masked_tokens_anywhere_change_nothing(variant: Variant) -> None:
     mixer, heads = moved(variant=variant), heads_of(100, batch=1)
     real = torch.rand(100, generator=torch.Generator().manual_seed(3)) > 0.4
-    expected, end = mixer(HeadInputs(*(tensor[:, real] for tensor in vars(heads).values() if tensor is not None)))
+    expected, end = mixer(
+        HeadInputs(*(tensor[:, real] for tensor in vars(heads).values() if isinstance(tensor, Tensor)))
+    )
     y, state = mixer(replace(heads, mask_BT=real[None]))
     close(y[:, real], expected)
     _, after = mixer(replace(heads, mask_BT=torch.zeros_like(real)[None]), state)

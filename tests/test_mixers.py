@@ -122,7 +122,7 @@ def cut(heads: HeadInputs, where: slice | Tensor, rows: slice = slice(None)) -> 
 
     assert heads.rope is not None
     rope = Rope(heads.rope.cos_BTR[rows][:, where], heads.rope.sin_BTR[rows][:, where])
-    tensors = {name: take(value) for name, value in vars(heads).items() if name != "rope"}
+    tensors = {name: take(value) for name, value in vars(heads).items() if name not in ("rope", "last")}
     return HeadInputs(**tensors, rope=rope)  # type: ignore[arg-type]
 
 

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 
 from linearize_kernels import configs
 
@@ -31,9 +33,9 @@ def plan_for(key: tuple[Hashable, ...], make: Callable[[], Plan]) -> Plan:
     return found
 
 
-def form(x: Tensor | None) -> Hashable:
-    """All that a launch depends on but the address."""
-    return None if x is None else (x.shape, x.stride(), x.dtype)
+def forms(*tensors: Tensor | None) -> tuple[Hashable, ...]:
+    """All that a launch depends on but the addresses."""
+    return tuple([None if x is None else (x.shape, x.stride(), x.dtype) for x in tensors])
 
 
 def given(stand_in: Tensor, *tensors: Tensor | None) -> list[Tensor]:
@@ -62,24 +64,38 @@ class Bound:
         self.kernel, self.grid, self.numbers, self.constants = kernel, grid, numbers, constants
         self.full_grid = (*grid, 1, 1)[:3]
         self.index = device.index if device.type == "cuda" else None
+        self.several = self.index is not None and torch.cuda.device_count() > 1  # another device may be current
+        self.devices = {-1 if self.index is None else self.index}
         self.rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self.compiled: Any = None
 
     def __call__(self, tensors: Sequence[Tensor], *scalars: float) -> None:
-        """Start it on these tensors."""
-        if self.index is not None and self.index != torch.cuda.current_device():
+        """Start it on these tensors, in the current stream of their device."""
+        if self.several and self.index != torch.cuda.current_device():
             with torch.cuda.device(self.index):
                 self._start(tensors, scalars)
         else:
             self._start(tensors, scalars)
 
     def _start(self, tensors: Sequence[Tensor], scalars: tuple[float, ...]) -> None:
-        addresses = 0
-        for x in tensors:
-            addresses |= x.data_ptr()
-        if self.compiled is not None and not addresses & 15:
-            self.compiled[self.full_grid](*tensors, *scalars, *self.rest)
-            return
-        compiled = self.kernel[self.grid](*tensors, *scalars, *self.numbers, **self.constants)
-        if not addresses & 15:  # compiled for addresses like these
-            self.compiled = compiled
+        addresses = [x.data_ptr() for x in tensors]
+        together = 0
+        for address in addresses:
+            together |= address
+        compiled = self.compiled
+        if compiled is None or together & 15:
+            compiled = self.kernel[self.grid](*tensors, *scalars, *self.numbers, **self.constants)
+            if not together & 15:  # compiled for addresses like these
+                self.compiled = compiled
+        elif _watched() or set(map(Tensor.get_device, tensors)) != self.devices:  # Triton says what is wrong with them
+            compiled[self.full_grid](*tensors, *scalars, *self.rest)
+        else:
+            stream = driver.active.get_current_stream(self.index or 0)
+            given = (compiled.function, compiled.packed_metadata, None, None, None, *addresses, *scalars, *self.rest)
+            compiled.run(*self.full_grid, stream, *given)
+
+
+def _watched() -> bool:
+    """Whether a profiler's hooks want to hear of launches."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(enter.calls or leave.calls)

@@ -12,18 +12,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None), bool, int, float, str, torch.dtype))
+"""Kinds of arguments behind which nobody else's code stands."""
 
 _library = torch.library.Library("linearize", "FRAGMENT")
+_functions: dict[str, Callable[..., Any]] = {}
+_differentiable: dict[str, Callable[..., Any]] = {}
 
 
 def operation(
-    name: str, fake: Callable[..., Any], mutates_args: Sequence[str] = ()
+    name: str,
+    fake: Callable[..., Any],
+    mutates_args: Sequence[str] = (),
+    alone: Callable[..., Any] | None = None,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Register a function as torch.ops.linearize.<name>; `fake` returns empty outputs of the right shapes.
 
-    Outputs must not share memory with inputs. Calls that nobody differentiates or traces go to the function itself:
-    the dispatcher takes longer than a small kernel.
+    Outputs must not share memory with inputs. Calls that nobody traces go past the dispatcher, which takes longer than
+    a small kernel; those that nobody differentiates either, to `alone` where it is given: it may return None for what
+    only the backward pass reads.
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,31 +39,53 @@ def operation(
         for device in ("CPU", "CUDA"):
             _library.impl(name, function, device)
         torch.library.register_fake(f"linearize::{name}", fake, lib=_library)
-        found: Callable[..., Any] = getattr(torch.ops.linearize, name).default
+        _functions[name] = function
+        dispatched: Callable[..., Any] = getattr(torch.ops.linearize, name).default
 
         @wraps(function)
         def call(*arguments: Any) -> Any:
-            return (found if torch.compiler.is_compiling() or _observed(arguments) else function)(*arguments)
+            if torch.compiler.is_compiling() or _traced(arguments):
+                return dispatched(*arguments)
+            if _differentiated(arguments):
+                return _differentiable.get(name, dispatched)(*arguments)
+            return (alone or function)(*arguments)
 
         return call
 
     return register
 
 
-def _observed(arguments: tuple[Any, ...]) -> bool:
-    """Whether a gradient is wanted, or a mode or a kind of tensor of somebody else's has to see the call."""
+def _traced(arguments: tuple[Any, ...]) -> bool:
+    """Whether a mode or a kind of argument of somebody else's has to see the call."""
     if torch._C._len_torch_dispatch_stack() or torch._C._functorch.peek_interpreter_stack() is not None:
         return True
-    wanted = torch.is_grad_enabled()
-    for x in arguments:  # noqa: SIM110  on every call's path, and a generator takes longer
-        if isinstance(x, Tensor) and ((wanted and x.requires_grad) or type(x) not in PLAIN):
-            return True
-    return False
+    return not PLAIN.issuperset(map(type, arguments))
+
+
+def _differentiated(arguments: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
 
 
 def differentiate(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
-    """Give an operation its gradient."""
+    """Give an operation its gradient, in torch's dispatcher and past it.
+
+    The dispatcher looks up the default of every argument on each call, in time that grows with their number squared.
+    """
     torch.library.register_autograd(f"linearize::{name}", backward, setup_context=setup_context, lib=_library)
+    function = _functions[name]
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *arguments: Any) -> Any:
+            output = function(*arguments)
+            setup_context(ctx, arguments, output)
+            return output
+
+        @staticmethod
+        def backward(ctx: Any, *upstream: Any) -> Any:
+            return backward(ctx, *upstream)
+
+    _differentiable[name] = Differentiable.apply
 
 
 def power(size: int) -> int:

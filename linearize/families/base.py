@@ -36,10 +36,11 @@ class Split:
     def heads(self, projected: Sequence[Tensor], shapes: HeadShapes) -> Three:
         """q [B, T, H, K], k [B, T, G, K], v [B, T, G, V] of what the projections return."""
         q, k, v = projected
+        tokens = q.shape[:-1]
         return (
-            q.unflatten(-1, (shapes.query_heads, shapes.key_width)),
-            k.unflatten(-1, (shapes.key_heads, shapes.key_width)),
-            v.unflatten(-1, (shapes.key_heads, shapes.value_width)),
+            q.view(*tokens, shapes.query_heads, shapes.key_width),
+            k.view(*tokens, shapes.key_heads, shapes.key_width),
+            v.view(*tokens, shapes.key_heads, shapes.value_width),
         )
 
 

@@ -66,6 +66,7 @@ class HeadInputs:
     rope: Rope | None = None
     mask_BT: Tensor | None = None  # True = real token; None = all real
     segments_BT: Tensor | None = None  # document number of each token in a packed row; None = one document
+    last: bool = False  # True: no tokens follow, and nobody reads the state that the mixer returns
 
     def seen(self, start: int, stop: int) -> Tensor:
         """Which keys query rows start..stop may see: bool, broadcastable to [B, H, stop - start, T]."""
@@ -142,7 +143,8 @@ class StudentMixer(nn.Module):
             state: what an earlier call returned, or None at the start of a sequence.
 
         Returns:
-            outputs [B, T, H, V] in the dtype of v, before the output projection; and the new state.
+            outputs [B, T, H, V] in the dtype of v, before the output projection; and the new state, whatever it is
+            where `heads.last`.
         """
 
     @abstractmethod

@@ -63,6 +63,7 @@ class Hedgehog(StudentMixer):
             state=None if state is None else LinearState(*state),
             segments_BT=heads.segments_BT,
             mask_BT=heads.mask_BT,
+            last=heads.last,
         )
 
     def positioned(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,7 @@ class Lizard(StudentMixer):
         ordered, put_back, exact, far = self._branches(heads, state)
         y_BTHV, linear = windowed_linear_attention(
             exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights(),
-            separate=self.config.published,
+            separate=self.config.published, last=heads.last,
         )  # fmt: skip
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
 

@@ -65,7 +65,7 @@ class Read(NamedTuple):
     near: Near
     window: int
     position_BT: Tensor | None  # None = 0, 1, 2, ...
-    state: LocalState
+    state: MixerState  # `LocalState`; empty where no tokens follow
     left_k_BTGK: Tensor  # the key `window` tokens before, rotated as `far_rope` says; the token's own, if `delayed`
     left_v_BTGV: Tensor
     left_BT: Tensor | None  # True where there is such a key and no sink keeps it; None: so from window + sinks on
@@ -100,14 +100,16 @@ def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState 
     if local.sinks:
         old = None if state is None else Sinks(state.sink_k_BSGK[:, None], state.sink_v_BSGV[:, None])
         seen, kept = find_sinks(timeline, old, k_BTGK, v_BTGV, local.sinks)
-    after = LocalState(
-        timeline.seen_B,
-        tail_of(joined_k, window),
-        tail_of(joined_v, window),
-        kept.k_BXSGK[:, 0].clone(),
-        kept.v_BXSGV[:, 0].clone(),
-        tail_of(joined_far, window) if local.own_far_keys else torch.zeros_like(k_BTGK[:, :0]),
-    )
+    after: MixerState = ()
+    if not heads.last:
+        after = LocalState(
+            timeline.seen_B,
+            tail_of(joined_k, window),
+            tail_of(joined_v, window),
+            kept.k_BXSGK[:, 0].clone(),
+            kept.v_BXSGV[:, 0].clone(),
+            tail_of(joined_far, window) if local.own_far_keys else torch.zeros_like(k_BTGK[:, :0]),
+        )
     simple = fresh and not timeline.packed
     return Read(
         Near(q_BTHK, joined_k, joined_v, seen),

@@ -78,7 +78,7 @@ class Lolcats(StudentMixer):
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         ordered, put_back, exact, far = self._branches(heads, state)
         y_BTHV, linear = windowed_linear_attention(
-            exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights()
+            exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights(), last=heads.last
         )
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize_kernels.bound import Bound, form, given, plan_for
+from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.causal_conv import triton as kernels
 from linearize_kernels.configs import launch
 from linearize_kernels.operations import differentiate, operation, power
@@ -64,7 +64,7 @@ class Plan:
 
 def find_plan(tensors: Tensors, silu: bool, dtype: torch.dtype, device: torch.device) -> Plan:
     """The plan of calls like this one, made once."""
-    return plan_for(("causal_convs", device, silu, dtype, *map(form, tensors)), lambda: Plan(tensors, silu))
+    return plan_for(("causal_convs", device, silu, dtype, *forms(*tensors)), lambda: Plan(tensors, silu))
 
 
 def _new_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import launch
 from linearize_kernels.gated_delta import triton as kernels
 from linearize_kernels.operations import differentiate, operation, power
@@ -29,31 +30,65 @@ NEEDS = {
     "chunk_gradients": Needs(bytes=64, warps=8),  # its registers
 }
 
+STRIDES = {
+    "solve_chunks": "kv",
+    "walk_states": "k",
+    "read_states": "qk",
+    "gather_gradients": "qk",
+    "walk_gradients": "k",
+    "chunk_gradients": "qkv",
+}
+"""Of which inputs each kernel takes the strides."""
+
+WALKS = ("walk_states", "walk_gradients")
+"""Kernels with a program for all chunks of a row; others have one for each."""
+
+WHOLE = ("solve_chunks", "chunk_gradients")
+"""Kernels whose programs go through all values themselves."""
+
 Optional = Tensor | None
 
 
-class Inputs:
-    """What follows from the tensors of one call."""
+class Plan:
+    """What follows from the forms of a call's tensors, and bound kernels."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, segments: Optional) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, segments: Optional) -> None:
         self.batch, self.length, heads, self.width = q.shape
         self.heads, self.values = v.shape[2:]
-        self.dtype = v.dtype
-        self.segments = log_decay if segments is None else segments  # never read where missing
-        self.q_strides, self.k_strides, self.v_strides = q.stride()[:3], k.stride()[:3], v.stride()[:3]
+        self.dtype, self.device = v.dtype, v.device
+        self.strides = {"q": q.stride()[:3], "k": k.stride()[:3], "v": v.stride()[:3]}
         self.sizes: dict[str, Any] = {
             "J": self.heads,
+            "P": heads // self.heads,
             "width": self.width,
             "values": self.values,
             "K": power(self.width),
             "PACKED": segments is not None,
             "PRECISION": "tf32" if self.dtype == torch.bfloat16 else "tf32x3",
         }
-        self.shared = {"P": heads // self.heads}
         self.widest = max(power(self.width), power(self.values))
         self.chunk = min(MAX_CHUNK, max(MIN_CHUNK, launch("delta_chunk", self.dtype, self.widest, "delta").chunk))
         self.chunks = -(-self.length // self.chunk)
         self.rows = self.batch * self.heads
+        self.bound: dict[tuple[Any, ...], Bound] = {}
+
+    def kernel(self, name: str, *flags: tuple[str, bool]) -> Bound:
+        """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""
+        found = self.bound.get((name, *flags))
+        if found is None:
+            found = self.bound[name, *flags] = self._bind(name, dict(flags))
+        return found
+
+    def _bind(self, name: str, flags: dict[str, bool]) -> Bound:
+        function = getattr(kernels, name)
+        tiles, constants = self.config(name)
+        grid = [self.rows] if name in WALKS else [self.rows, self.chunks]
+        if name not in WHOLE:
+            grid.append(tiles)
+        numbers = (*(stride for x in STRIDES[name] for stride in self.strides[x]), self.length)
+        taken = (*function.arg_names, "num_warps", "num_stages")
+        constants = {key: value for key, value in (constants | flags).items() if key in taken}
+        return Bound(function, tuple(grid), numbers, constants, self.device)
 
     def config(self, kernel: str) -> tuple[int, dict[str, Any]]:
         """Tiles of the values, and the launch arguments of a kernel."""
@@ -73,18 +108,27 @@ class Inputs:
         return like.new_empty(self.batch, self.heads, self.length, size, dtype=self.dtype)
 
 
+def find_plan(q: Tensor, k: Tensor, v: Tensor, segments: Optional) -> Plan:
+    """The plan of calls like this one, made once."""
+    key = ("delta", v.device, *forms(q, k, v, segments))
+    return plan_for(key, lambda: Plan(q, k, v, segments))
+
+
 def _fake_delta(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, start: Optional, segments: Optional
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(q, k, v, log_decay, segments)
-    end = q.new_empty(inputs.batch, inputs.heads, inputs.width, inputs.values, dtype=torch.float32)
+    return _new_outputs(Plan(q, k, v, segments), q, v)
+
+
+def _new_outputs(plan: Plan, q: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    end = q.new_empty(plan.batch, plan.heads, plan.width, plan.values, dtype=torch.float32)
     return (
-        q.new_empty(*q.shape[:3], inputs.values, dtype=v.dtype),
+        q.new_empty(*q.shape[:3], plan.values, dtype=v.dtype),
         end,
-        inputs.per_chunk(q, inputs.chunk, inputs.chunk),
-        inputs.per_token(q, inputs.values),
-        inputs.per_token(q, inputs.width),
-        inputs.per_chunk(q, inputs.width, inputs.values),
+        plan.per_chunk(q, plan.chunk, plan.chunk),
+        plan.per_token(q, plan.values),
+        plan.per_token(q, plan.width),
+        plan.per_chunk(q, plan.width, plan.values),
     )
 
 
@@ -97,25 +141,14 @@ def delta(
 
     q, k and v have one dtype and unit stride in the last dimension; all else is contiguous, gates and state in fp32.
     """
-    inputs = Inputs(q, k, v, log_decay, segments)
-    found = _fake_delta(q, k, v, log_decay, beta, start, segments)
+    plan = find_plan(q, k, v, segments)
+    found = _new_outputs(plan, q, v)
     o, end, inverse, u, erase, states = found
-    rows, chunks, length = inputs.rows, inputs.chunks, inputs.length
-    _, config = inputs.config("solve_chunks")
-    kernels.solve_chunks[(rows, chunks)](
-        k, v, log_decay, beta, inputs.segments, inverse, u, erase, *inputs.k_strides, *inputs.v_strides, length,
-        **config,
-    )  # fmt: skip
-    tiles, config = inputs.config("walk_states")
-    kernels.walk_states[(rows, tiles)](
-        k, log_decay, inputs.segments, u, erase, end if start is None else start, states, end, *inputs.k_strides,
-        length, STARTED=start is not None, **config,
-    )  # fmt: skip
-    tiles, config = inputs.config("read_states")
-    kernels.read_states[(rows, chunks, tiles)](
-        q, k, log_decay, inputs.segments, u, states, o, *inputs.q_strides, *inputs.k_strides, length,
-        **inputs.shared, **config,
-    )  # fmt: skip
+    (places,) = given(log_decay, segments)
+    plan.kernel("solve_chunks")((k, v, log_decay, beta, places, inverse, u, erase))
+    (before,) = given(end, start)
+    plan.kernel("walk_states", ("STARTED", start is not None))((k, log_decay, places, u, erase, before, states, end))
+    plan.kernel("read_states")((q, k, log_decay, places, u, states, o))
     return found
 
 
@@ -135,27 +168,18 @@ def delta_backward(
     """Gradients of q, k, v, log_decay, beta and start (empty where not given), from do, contiguous in the dtype of v,
     and from the end state's.
     """
-    inputs = Inputs(q, k, v, log_decay, segments)
+    plan = find_plan(q, k, v, segments)
     found = _fake_backward(do, end_gradient, q, k, v, log_decay, beta, start, segments, inverse, u, erase, states)
-    dq, dk, dv, d_log_decay, d_beta, d_start = found
+    *gradients, d_start = found
     du, state_gradients = torch.empty_like(u), torch.empty_like(states)
-    rows, chunks, length = inputs.rows, inputs.chunks, inputs.length
-    tiles, config = inputs.config("gather_gradients")
-    kernels.gather_gradients[(rows, chunks, tiles)](
-        q, k, log_decay, inputs.segments, do, du, state_gradients, *inputs.q_strides, *inputs.k_strides, length,
-        **inputs.shared, **config,
-    )  # fmt: skip
-    tiles, config = inputs.config("walk_gradients")
-    kernels.walk_gradients[(rows, tiles)](
-        k, log_decay, inputs.segments, erase, du, state_gradients, d_start if end_gradient is None else end_gradient,
-        d_start, *inputs.k_strides, length, STARTED=start is not None, ENDED=end_gradient is not None, **config,
-    )  # fmt: skip
-    _, config = inputs.config("chunk_gradients")
-    kernels.chunk_gradients[(rows, chunks)](
-        q, k, v, log_decay, beta, inputs.segments, inverse, u, states, do, du, state_gradients,
-        dq, dk, dv, d_log_decay, d_beta, *inputs.q_strides, *inputs.k_strides, *inputs.v_strides, length,
-        **inputs.shared, **config,
-    )  # fmt: skip
+    (places,) = given(log_decay, segments)
+    plan.kernel("gather_gradients")((q, k, log_decay, places, do, du, state_gradients))
+    (d_end,) = given(d_start, end_gradient)
+    flags = (("STARTED", start is not None), ("ENDED", end_gradient is not None))
+    plan.kernel("walk_gradients", *flags)((k, log_decay, places, erase, du, state_gradients, d_end, d_start))
+    plan.kernel("chunk_gradients")(
+        (q, k, v, log_decay, beta, places, inverse, u, states, do, du, state_gradients, *gradients)
+    )
     return found
 
 

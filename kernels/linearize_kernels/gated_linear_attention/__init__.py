@@ -150,17 +150,19 @@ def _walk(
     shared = q_BTHF.shape[2] // k_BTJF.shape[2]
     s, z = (None, None) if state is None else (x.float().repeat_interleave(shared, dim=1) for x in state)
     y, scale, end_s, end_z, _, _ = walk(
-        unit(q_BTHF.to(dtype)), unit(k_BTJF.to(dtype)), unit(v_BTGV),
+        unit(q_BTHF, dtype), unit(k_BTJF, dtype), unit(v_BTGV),
         None if log_gate is None else log_gate.contiguous(), None, contiguous(segments_BT), None, None, None, None,
         None if other is None else other.o_BTHV.to(dtype).contiguous(),
         None if other is None else other.den_BTH.float().contiguous(),
-        contiguous(s), contiguous(z), "none", normalised, epsilon, 0, 0,
+        contiguous(s), contiguous(z), "none", normalised, epsilon, 0, 0, True,
     )  # fmt: skip
     return y, scale, LinearState(end_s[:, ::shared], end_z[:, ::shared])
 
 
-def unit(x: Tensor) -> Tensor:
-    """With neighbouring elements along the last dimension, as the kernels read them."""
+def unit(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """With neighbouring elements along the last dimension, as the kernels read them, and in `dtype` if given."""
+    if dtype is not None and x.dtype != dtype:  # `to` takes a while to find that it has nothing to do
+        x = x.to(dtype)
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize_kernels.bound import Bound, form, given, plan_for
+from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import launch
 from linearize_kernels.gated_linear_attention import triton as kernels
 from linearize_kernels.operations import differentiate, operation, power
@@ -106,6 +106,15 @@ class Plan:
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
         return Bound(function, grid, numbers, constants | options, self.device)
 
+    def output_gradients(self, other: bool) -> Bound:
+        found = self.bound.get(("output_gradients", other))
+        if found is None:
+            constants = {"values": self.values, "V": self.constants["V"], "C": 64, "OTHER": other}
+            rows = self.rows * self.length
+            found = Bound(kernels.output_gradients, (-(-rows // 64),), (rows,), constants, self.device)
+            self.bound["output_gradients", other] = found
+        return found
+
     def new(self, *sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(sizes, dtype=dtype, device=self.device)
 
@@ -118,9 +127,12 @@ class Plan:
         shape = (self.batch, self.heads, passes * self.signs * self.features)
         return self.new(*shape, self.values), self.new(*shape)
 
-    def new_outputs(self) -> tuple[Tensor, Tensor]:
-        shape = (self.batch, self.length, self.heads)
-        return self.new(*shape, self.values, dtype=self.dtype if self.normalised else torch.float32), self.new(*shape)
+    def new_output(self) -> Tensor:
+        dtype = self.dtype if self.normalised else torch.float32
+        return self.new(self.batch, self.length, self.heads, self.values, dtype=dtype)
+
+    def new_scale(self) -> Tensor:
+        return self.new(self.batch, self.length, self.heads)
 
     def own(self, number: int, *states: Optional) -> list[Optional]:
         """This pass's features of states s and z."""
@@ -139,7 +151,7 @@ def find_plan(
     tensors = (q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias)
     rest = (feature_map, normalised, delay, skip)
     settings = (SPLIT_UNIT, MIN_SPLIT, MAX_SPLITS, PROGRAMS, ONE_SIGN_FROM)
-    key = ("walk", v.device, settings, *rest, *map(form, tensors))
+    key = ("walk", v.device, settings, *rest, *forms(*tensors))
     return plan_for(key, lambda: Plan(*tensors[:7], query_bias, *rest))
 
 
@@ -152,52 +164,77 @@ def _fake_walk(
     q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int, ended: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     plan = Plan(q, k, v, gate, mask, segments, query_weight, query_bias, feature_map, normalised, delay, skip)
-    return *plan.new_outputs(), *plan.new_state(plan.passes), *plan.new_sums(plan.passes)
+    return plan.new_output(), plan.new_scale(), *plan.new_state(plan.passes), *plan.new_sums(plan.passes)
 
 
-@operation("walk", _fake_walk)
-def walk(
-    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+def _walk(
+    kept: bool, q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
     query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
-    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Outputs [B, T, H, V] and scale [B, T, H] (or numerator and denominator), end state s and z, sums and carries.
-
-    All tensors have unit stride in the last dimension; gate, mask, segments, maps, other and states are contiguous.
-    The key and value of token t are those of row t - delay; the first `skip` rows are left out.
-    """
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int, ended: bool,
+) -> tuple[Tensor, Optional, Optional, Optional, Optional, Optional]:  # fmt: skip
+    """`walk`; where not `kept`, without what only its backward pass reads, and without the state if not `ended`."""
     maps = (query_weight, key_weight, query_bias, key_bias)
     plan = find_plan(q, k, v, gate, mask, segments, *maps, feature_map, normalised, delay, skip)
-    all_sums, all_carries = plan.new_sums(plan.passes)
+    all_sums, all_carries = plan.new_sums(plan.passes) if kept or plan.splits > 1 else (None, None)
     masks = given(q, gate, mask, segments)
     before: tuple[Tensor, Tensor] | None = None
     ends = []
     for number in range(plan.passes):
         last = number == plan.passes - 1
-        sums, carry = (all_sums, all_carries) if plan.passes == 1 else (all_sums[number], all_carries[number])
-        y, scale = plan.new_outputs()
+        scaled = kept or not normalised or not last
+        y, scale = plan.new_output(), plan.new_scale() if scaled else None
+        end = plan.new_state(1) if ended else (None, None)
+        sums, carry = given(y, all_sums, all_carries)
+        if plan.passes > 1 and all_sums is not None:
+            sums, carry = sums[number], carry[number]
         starts = plan.own(number, start_s, start_z)
-        end = plan.new_state(1)
-        own_maps = given(q, *signed(number, *maps))
+        own_maps, others = given(q, *signed(number, *maps)), given(q, other, other_den, *starts)
         if plan.splits > 1:
             plan.kernel("add_up_splits", plan.splits - 1)((k, v, *masks, own_maps[1], own_maps[3], sums, carry))
-        flags = (("STARTED", start_s is not None), ("OTHER", other is not None))
+        flags = (("STARTED", start_s is not None), ("OTHER", other is not None), ("SCALED", scaled), ("ENDED", ended))
         plan.kernel("walk_forward", plan.splits, *flags)(
-            (q, k, v, *masks, *own_maps, *given(q, other, other_den, *starts), sums, carry, y, scale, *end),
+            (q, k, v, *masks, *own_maps, *others, sums, carry, y, *given(y, scale, *end)),
             epsilon if last else 0.0,
         )
         ends.append(end)
-        if before is not None and not normalised:
+        if before is not None and scale is not None and not normalised:
             y, scale = y + before[0], scale + before[1]
-        if not last and normalised:  # what was found so far is the next pass's other branch
-            other, other_den = y, scale.reciprocal()
-        before = (y, scale)
-    end_s, end_z = ends[0] if len(ends) == 1 else (torch.cat(parts, dim=2) for parts in zip(*ends, strict=True))
+        if scale is not None and not last:
+            before = (y, scale)
+            if normalised:  # what was found so far is the next pass's other branch
+                other, other_den = y, scale.reciprocal()
+    end_s, end_z = ends[0]
+    if ended and len(ends) == 2:
+        end_s, end_z = (torch.cat(parts, dim=2) for parts in zip(*ends, strict=True))
     return y, scale, end_s, end_z, all_sums, all_carries
+
+
+def _walk_alone(*arguments: Any) -> tuple[Optional, ...]:
+    return _walk(False, *arguments)
+
+
+@operation("walk", _fake_walk, alone=_walk_alone)
+def walk(
+    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, segments: Optional,
+    query_weight: Optional, key_weight: Optional, query_bias: Optional, key_bias: Optional,
+    other: Optional, other_den: Optional, start_s: Optional, start_z: Optional,
+    feature_map: str, normalised: bool, epsilon: float, delay: int, skip: int, ended: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Outputs [B, T, H, V] and scale [B, T, H] (or numerator and denominator), end state s and z, sums and carries.
+
+    All tensors have unit stride in the last dimension; gate, mask, segments, maps, other and states are contiguous.
+    The key and value of token t are those of row t - delay; the first `skip` rows are left out. If not `ended`, nobody
+    reads the end state, and None may stand for it.
+    """
+    found = _walk(
+        True, q, k, v, gate, mask, segments, query_weight, key_weight, query_bias, key_bias,
+        other, other_den, start_s, start_z, feature_map, normalised, epsilon, delay, skip, True,
+    )  # fmt: skip
+    return found  # type: ignore[return-value]  # all are there
 
 
 def _fake_walk_backward(
@@ -237,11 +274,9 @@ def walk_backward(
     d_other, d_other_den = (nothing if x is None else torch.empty_like(x) for x in (other, other_den))
     if normalised:
         row_term = torch.empty_like(scale)
-        count = row_term.numel()
-        kernels.output_gradients[(-(-count // 64),)](
-            dy, y, scale, *given(q, other, other_den), row_term, d_other, d_other_den, count,
-            values=plan.values, V=plan.constants["V"], C=64, OTHER=other is not None,
-        )  # fmt: skip
+        plan.output_gradients(other is not None)(
+            (dy, y, scale, *given(q, other, other_den), row_term, d_other, d_other_den)
+        )
     else:
         row_term = torch.zeros_like(scale) if d_scale is None else d_scale.contiguous()
     if end_s_gradient is not None or end_z_gradient is not None:
@@ -324,8 +359,9 @@ DIFFERENTIABLE = (0, 1, 2, 3, 6, 7, 8, 9, 10, 11, 12, 13)
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.save_for_backward(*inputs[:14], *output)
+    ctx.mark_non_differentiable(*output[1 if inputs[15] else 2 : 2], *output[4:])
     ctx.feature_map, ctx.normalised = inputs[14:16]
-    ctx.delay, ctx.skip = inputs[17:]
+    ctx.delay, ctx.skip = inputs[17:19]
     ctx.set_materialize_grads(False)
 
 
@@ -345,7 +381,7 @@ def _differentiate(ctx: Any, dy: Optional, d_scale: Optional, d_s: Optional, d_z
         ctx.skip,
         *outputs,
     )
-    gradients: list[Optional] = [None] * 19
+    gradients: list[Optional] = [None] * 20
     for place, gradient in zip(DIFFERENTIABLE, found, strict=True):
         tensor = tensors[place]
         gradients[place] = gradient.to(tensor.dtype) if tensor is not None and ctx.needs_input_grad[place] else None

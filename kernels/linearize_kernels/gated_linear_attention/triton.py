@@ -228,7 +228,7 @@ def collect(sums, carry, start_s, start_z, first, step, count, column, features:
     base = sums + first * (SIGNS * block)
     carry += first * E
     for _ in range(0, count):
-        keep = tl.exp(tl.load(carry + tl.arange(0, E)))
+        keep = tl.exp(tl.load(carry + tl.arange(0, E)).to(tl.float32))
         sp = sp * keep[None, :] + load_matrix(base + column * features, features, 1, tile, features, V, F)
         zp = zp * keep + load_vector(base + values * features, features, F)
         if SIGNS == 2:
@@ -442,9 +442,11 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, E: tl.constexpr, C: tl.constexpr,
                  MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                  BIAS: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr, STARTED: tl.constexpr,
-                 NORMALISED: tl.constexpr, OTHER: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+                 NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
+                 ENDED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """y [B, T, H, V] and scale = 1 / D [B, T, H] where NORMALISED, the numerator and D otherwise, and the state after
-    the last token; grid (B * H, N, value tiles).
+    the last token; grid (B * H, N, value tiles). Without the scale where not
+    SCALED, and without the state where not ENDED.
     """
     b = (tl.program_id(0) // H).to(tl.int64)
     h = tl.program_id(0) % H
@@ -535,7 +537,7 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
             den = 1.0 / tl.where(den == 0, 1.0, den)
             num *= den[:, None]
         store_rows(y, num, first, H * values, length, tile, C, V)
-        if column == 0:
+        if SCALED and column == 0:
             store_column(scale, den, first, H, length, C)
         sp, sn, zp, zn, log_carry = add_keys(
             sp,
@@ -559,7 +561,7 @@ def walk_forward(q, k, v, gate, mask, segments, query_weight, key_weight, query_
             PRECISION,
         )
         before = last
-    if split == others:
+    if ENDED and split == others:
         store_state(
             end_s + head * state * values,
             end_z + head * state,

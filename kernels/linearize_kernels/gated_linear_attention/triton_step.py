@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from linearize_kernels.bound import Bound, form, plan_for
+from linearize_kernels.bound import Bound, forms, plan_for
 from linearize_kernels.operations import operation, power
 
 MIN_LOG_GATE = tl.constexpr(-5.0)
@@ -120,5 +120,5 @@ def _launch(
         strides = (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2))
         return Bound(step_kernel, (batch * key_heads, shares), strides, constants, v.device)
 
-    key = ("step", v.device, normalised, y.dtype, s.dtype, *map(form, (q, k, v, gate)))
+    key = ("step", v.device, normalised, y.dtype, s.dtype, *forms(q, k, v, gate))
     plan_for(key, bind)((q, k, v, k if gate is None else gate, s, z, new_s, new_z, y, den), epsilon)

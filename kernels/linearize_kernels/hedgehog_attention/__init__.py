@@ -43,6 +43,7 @@ def hedgehog_attention(
     other: Branch | None = None,
     delay: int = 0,
     skip: int = 0,
+    last: bool = False,
 ) -> tuple[Tensor, LinearState]:
     """Causal, in linear time; memory of the size of the inputs.
 
@@ -57,6 +58,7 @@ def hedgehog_attention(
         other: another branch under the same denominator, see `gated_linear_attention`.
         delay: token t brings the key and value of row t - delay; the first `delay` tokens bring none.
         skip: rows at the start that never come.
+        last: nobody reads the state that comes back; it may be anything.
 
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
@@ -66,7 +68,7 @@ def hedgehog_attention(
     if not decodes and uses_triton("hedgehog_attention", v_BTGV, *widths):
         return _walk(
             q_BTHK, k_BTGK, v_BTGV, query_map, key_map, feature_map, log_gate_BTH, state, segments_BT, mask_BT, other,
-            delay, skip,
+            delay, skip, last,
         )  # fmt: skip
     if delay or skip:
         length = k_BTGK.shape[1]
@@ -83,13 +85,13 @@ def hedgehog_attention(
 def _walk(
     q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, query_map: Map, key_map: Map, feature_map: FeatureMap,
     log_gate_BTH: Tensor | None, state: LinearState | None, segments_BT: Tensor | None, mask_BT: Tensor | None,
-    other: Branch | None, delay: int, skip: int,
+    other: Branch | None, delay: int, skip: int, last: bool,
 ) -> tuple[Tensor, LinearState]:  # fmt: skip
     from linearize_kernels.gated_linear_attention.launch import walk
 
     dtype = v_BTGV.dtype
     y, _, end_s, end_z, _, _ = walk(
-        unit(q_BTHK.to(dtype)), unit(k_BTGK.to(dtype)), unit(v_BTGV),
+        unit(q_BTHK, dtype), unit(k_BTGK, dtype), unit(v_BTGV),
         contiguous(log_gate_BTH), contiguous(mask_BT), contiguous(segments_BT),
         query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
         contiguous(query_map.bias_HF), contiguous(key_map.bias_HF),
@@ -97,6 +99,6 @@ def _walk(
         None if other is None else other.den_BTH.float().contiguous(),
         None if state is None else state.s_BJFV.float().contiguous(),
         None if state is None else state.z_BJF.float().contiguous(),
-        feature_map, True, 0.0, delay, skip,
+        feature_map, True, 0.0, delay, skip, not last,
     )  # fmt: skip
     return y, LinearState(end_s, end_z)

@@ -40,7 +40,9 @@ def rotary(
     if q_BTHK.dtype == k_BTGK.dtype and uses_triton("rotary", q_BTHK, q_BTHK.shape[-1]):
         from linearize_kernels.rotary.launch import rotate
 
-        return rotate(unit(q_BTHK), unit(k_BTGK), unit(cos_BTR.detach()), unit(sin_BTR.detach()), scale, dtype)
+        if cos_BTR.requires_grad or sin_BTR.requires_grad:
+            cos_BTR, sin_BTR = cos_BTR.detach(), sin_BTR.detach()
+        return rotate(unit(q_BTHK), unit(k_BTGK), unit(cos_BTR), unit(sin_BTR), scale, dtype)
     cos, sin = cos_BTR.detach()[:, :, None], sin_BTR.detach()[:, :, None]
     return _turn(q_BTHK, cos, sin, scale).to(dtype), _turn(k_BTGK, cos, sin, 1.0).to(dtype)
 

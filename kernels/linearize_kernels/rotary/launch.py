@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize_kernels.bound import Bound, form, plan_for
+from linearize_kernels.bound import Bound, forms, plan_for
 from linearize_kernels.configs import launch
 from linearize_kernels.gated_linear_attention import unit
 from linearize_kernels.operations import differentiate, operation, power
@@ -32,7 +32,7 @@ def _run(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype, back: bool
 ) -> tuple[Tensor, Tensor]:
     found = _new_outputs(q, k, cos, sin, scale, dtype)
-    key = ("rotary", back, dtype, q.device, form(q), form(k), form(cos), form(sin))
+    key = ("rotary", back, dtype, q.device, *forms(q, k, cos, sin))
     plan_for(key, lambda: _bind(q, k, cos, sin, back))((q, k, cos, sin, *found), scale)
     return found
 
@@ -40,7 +40,8 @@ def _run(
 def _new_outputs(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    return q.new_empty(q.shape, dtype=dtype), k.new_empty(k.shape, dtype=dtype)
+    form = torch.contiguous_format
+    return torch.empty_like(q, dtype=dtype, memory_format=form), torch.empty_like(k, dtype=dtype, memory_format=form)
 
 
 @operation("rotary", _new_outputs)

@@ -86,6 +86,6 @@ def _in_triton(
     num_BTHV, _, end_s, _, _, _ = walk(
         unit(q_BTHK.to(dtype)), unit(k_BTGK.to(dtype)), unit(v_BTGV), log_decay_BTH.contiguous(), None,
         contiguous(segments_BT), None, None, None, None, None, None, contiguous(state_BHKV), z_BHK,
-        "none", False, 0.0, 0, 0,
+        "none", False, 0.0, 0, 0, True,
     )  # fmt: skip
     return num_BTHV, end_s

@@ -70,6 +70,7 @@ def windowed_linear_attention(
     weights: tuple[Tensor, Tensor] | None = None,
     *,
     separate: bool = False,
+    last: bool = False,
 ) -> tuple[Tensor, LinearState]:
     """Both branches under one denominator or, `separate`, each under its own.
 
@@ -80,6 +81,7 @@ def windowed_linear_attention(
         position_BT: index of each token in its document, -1 for padding; None = 0, 1, 2, ...
         segments_BT: document number of each token, non-decreasing along T.
         weights: of the window and of the linear branch, [H] each; None = 1.
+        last: nobody reads the state that comes back; it may be anything.
 
     Returns:
         y [B, T, H, V] in the dtype of v, and the linear branch's state after the last token. The weight of the linear
@@ -104,6 +106,7 @@ def windowed_linear_attention(
         other=other,
         delay=window if far.delayed else 0,
         skip=near.sinks.k_BXSGK.shape[2] if far.delayed and near.sinks is not None else 0,
+        last=last,
     )
     if not separate:
         return y_BTHV, state

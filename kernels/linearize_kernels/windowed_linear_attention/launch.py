@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linearize_kernels.bound import Bound, form, given, plan_for
+from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import launch
 from linearize_kernels.operations import differentiate, operation, power
 from linearize_kernels.windowed_linear_attention import triton as kernels
@@ -69,7 +69,7 @@ def find_plan(
 ) -> Plan:
     """The plan of calls like this one, made once."""
     tensors = (q, k, v, position, sink_k, meta)
-    return plan_for(("window", v.device, window, *map(form, tensors)), lambda: Plan(*tensors, window))
+    return plan_for(("window", v.device, window, *forms(*tensors)), lambda: Plan(*tensors, window))
 
 
 def _fake_window(
