@@ -137,6 +137,16 @@ def same_state(left: MixerState, right: MixerState) -> None:
 
 
 @every_mixer
+def test_last_tokens_are_mixed_like_others(case: str) -> None:
+    mixer, heads = mixer_of(case), heads_of(70)
+    whole, _ = mixer(heads)
+    assert torch.equal(mixer(replace(heads, last=True))[0], whole)
+    _, state = mixer(cut(heads, slice(40)))
+    tail = cut(heads, slice(40, None))
+    assert torch.equal(mixer(replace(tail, last=True), state)[0], mixer(tail, state)[0])
+
+
+@every_mixer
 @pytest.mark.parametrize("length", LENGTHS)
 def test_split_equals_whole(case: str, length: int) -> None:
     mixer, heads = mixer_of(case), heads_of(length)

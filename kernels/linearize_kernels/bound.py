@@ -68,6 +68,7 @@ class Bound:
         self.devices = {-1 if self.index is None else self.index}
         self.rest = (*numbers, *(constants[name] for name in kernel.arg_names if name in constants))
         self.compiled: Any = None
+        self.parts: tuple[Any, Any, Any] | None = None
 
     def __call__(self, tensors: Sequence[Tensor], *scalars: float) -> None:
         """Start it on these tensors, in the current stream of their device."""
@@ -82,20 +83,31 @@ class Bound:
         together = 0
         for address in addresses:
             together |= address
-        compiled = self.compiled
-        if compiled is None or together & 15:
+        if self.compiled is None or together & 15:
             compiled = self.kernel[self.grid](*tensors, *scalars, *self.numbers, **self.constants)
             if not together & 15:  # compiled for addresses like these
-                self.compiled = compiled
-        elif _watched() or set(map(Tensor.get_device, tensors)) != self.devices:  # Triton says what is wrong with them
-            compiled[self.full_grid](*tensors, *scalars, *self.rest)
+                self.compiled, self.parts = compiled, _parts(compiled)
+        elif self.parts is None or _watched() or set(map(Tensor.get_device, tensors)) != self.devices:
+            self.compiled[self.full_grid](*tensors, *scalars, *self.rest)  # says what is wrong with a tensor's device
         else:
+            run, *parts = self.parts
             stream = driver.active.get_current_stream(self.index or 0)
-            given = (compiled.function, compiled.packed_metadata, None, None, None, *addresses, *scalars, *self.rest)
-            compiled.run(*self.full_grid, stream, *given)
+            run(*self.full_grid, stream, *parts, None, None, None, *addresses, *scalars, *self.rest)
+
+
+def _parts(compiled: Any) -> tuple[Any, Any, Any] | None:
+    """What Triton (3.6 to 3.9) starts a compiled kernel with; None in a version that does so in another way, and where
+    nothing was compiled, in the interpreter.
+    """
+    try:
+        return compiled.run, compiled.function, compiled.packed_metadata
+    except AttributeError:
+        return None
 
 
 def _watched() -> bool:
-    """Whether a profiler's hooks want to hear of launches."""
+    """Whether hooks, a profiler's, want to hear of launches."""
     enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
-    return bool(enter.calls or leave.calls)
+    if type(enter) is type(leave) is knobs.HookChain:
+        return bool(enter.calls or leave.calls)
+    return True
