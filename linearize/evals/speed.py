@@ -89,7 +89,7 @@ def measure_speed(
     """
     machine = choose_machine(device, "auto")
     if machine.device.type == "cuda":
-        torch.cuda.set_device(machine.device)  # streams, events and graphs belong to the current one
+        torch.cuda.set_device(machine.device.index or 0)  # streams, events and graphs belong to the current one
     subjects = _subjects(folder, teacher, machine, settings, say)
     made = Made(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
