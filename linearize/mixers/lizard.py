@@ -141,7 +141,7 @@ class Lizard(StudentMixer):
         """Of the window and of the linear branch, per head."""
         one_H = torch.ones_like(self.mix_H)
         near_H, far_H = (self.mix_H, one_H) if self.config.published else (one_H, self.mix_H.exp())
-        return near_H * self.window_branch, far_H * self.linear_branch
+        return near_H if self.window_branch else 0 * near_H, far_H if self.linear_branch else 0 * far_H
 
     def _log_gate(self, heads: HeadInputs) -> Tensor:
         """[B, T, 1 or H]; 0 for padding."""

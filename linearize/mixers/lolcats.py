@@ -103,7 +103,7 @@ class Lolcats(StudentMixer):
         """Of the window and of the linear branch, per head."""
         near_H = self.window_factor_H.sigmoid()
         far_H = 1 - near_H if self.config.affine else torch.ones_like(near_H)
-        return near_H * self.window_branch, far_H * self.linear_branch
+        return near_H if self.window_branch else 0 * near_H, far_H if self.linear_branch else 0 * far_H
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
         exact = LocalRows(heads, self.local)

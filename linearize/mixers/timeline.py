@@ -113,6 +113,9 @@ def find_sinks(
 
     A sink that has not come yet is anything: queries do not see it, because their positions tell.
     """
+    if state is None and timeline.padding_B is None and not timeline.packed:  # sinks stand where rows start
+        first = Sinks(*(_first(x, sinks)[:, None] for x in (k_BTGK, v_BTGV)))
+        return first, first
     kept = Sinks(
         _kept(timeline, None if state is None else state.k_BXSGK[:, 0], k_BTGK, sinks)[:, None],
         _kept(timeline, None if state is None else state.v_BXSGV[:, 0], v_BTGV, sinks)[:, None],
@@ -172,6 +175,12 @@ def _sum_over_documents(grad_BTSX: Tensor, position_BT: Tensor) -> Tensor:
 @_sum_over_documents.register_fake
 def _(grad_BTSX: Tensor, position_BT: Tensor) -> Tensor:
     return grad_BTSX.new_empty(grad_BTSX.shape[:2] + grad_BTSX.shape[3:])
+
+
+def _first(x_BTX: Tensor, count: int) -> Tensor:
+    """The first `count` tokens, and zeros where there are fewer."""
+    missing = count - x_BTX.shape[1]
+    return F.pad(x_BTX, (0, 0) * (x_BTX.ndim - 2) + (0, missing)) if missing > 0 else x_BTX[:, :count]
 
 
 def _kept(timeline: Timeline, state_BSX: Tensor | None, x_BTX: Tensor, sinks: int) -> Tensor:

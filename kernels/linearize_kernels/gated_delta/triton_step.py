@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from linearize_kernels.bound import Bound, forms, plan_for
 from linearize_kernels.operations import operation, power
 
 FORGOTTEN = tl.constexpr(-100.0)
@@ -78,12 +79,17 @@ def step_(
 def _launch(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, beta: Tensor, state: Tensor, new_state: Tensor, o: Tensor
 ) -> None:
-    batch, _, heads, width = q.shape
-    state_heads, values = v.shape[2:]
-    tiles = -(-values // TILE)
-    shares = 1 if batch * state_heads >= PROGRAMS else tiles
-    step_kernel[(batch * state_heads, shares)](
-        q, k, v, log_decay, beta, state, new_state, o, q.stride(0), q.stride(2), k.stride(0), k.stride(2),
-        v.stride(0), v.stride(2), J=state_heads, P=heads // state_heads, width=width, values=values, K=power(width),
-        TILE=TILE, TILES=tiles // shares, num_warps=4,
-    )  # fmt: skip
+    def bind() -> Bound:
+        batch, _, heads, width = q.shape
+        state_heads, values = v.shape[2:]
+        tiles = -(-values // TILE)
+        shares = 1 if batch * state_heads >= PROGRAMS else tiles
+        constants = {
+            "J": state_heads, "P": heads // state_heads, "width": width, "values": values, "K": power(width),
+            "TILE": TILE, "TILES": tiles // shares, "num_warps": 4,
+        }  # fmt: skip
+        strides = (q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2))
+        return Bound(step_kernel, (batch * state_heads, shares), strides, constants, v.device)
+
+    kinds = (log_decay.dtype, beta.dtype, state.dtype, o.dtype)
+    plan_for(("delta_step", v.device, kinds, *forms(q, k, v)), bind)((q, k, v, log_decay, beta, state, new_state, o))

@@ -283,12 +283,13 @@ def walk_backward(
         end_s_gradient = torch.zeros_like(end_s) if end_s_gradient is None else end_s_gradient.contiguous()
         end_z_gradient = torch.zeros_like(end_z) if end_z_gradient is None else end_z_gradient.contiguous()
     states = (start_s, start_z, end_s, end_z, end_s_gradient, end_z_gradient)
+    parts = [(all_sums, all_carries)] if plan.passes == 1 else zip(all_sums, all_carries, strict=True)
     found = [
         _one_pass(
             plan, (q, k, v), (gate, mask, segments), signed(number, *maps), dy, scale, row_term,
-            all_sums[number], all_carries[number], plan.own(number, *states),
+            *part, plan.own(number, *states), nothing,
         )
-        for number in range(plan.passes)
+        for number, part in enumerate(parts)
     ]  # fmt: skip
     gradients = found[0]
     if len(found) == 2:  # the same q, k, v; maps of opposite sign; the states' features one after the other
@@ -301,14 +302,15 @@ def walk_backward(
 
 def _one_pass(
     plan: Plan, heads: tuple[Tensor, ...], flags: tuple[Optional, ...], maps: tuple[Optional, ...], dy: Tensor,
-    scale: Tensor, row_term: Tensor, sums: Tensor, carry: Tensor, states: list[Optional],
+    scale: Tensor, row_term: Tensor, sums: Tensor, carry: Tensor, states: list[Optional], nothing: Tensor,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of q, k, v, gate, the maps, and the state before."""
     q, gate = heads[0], flags[0]
     start_s, start_z, end_s, end_z, end_s_gradient, end_z_gradient = states
     masks, own_maps = given(q, *flags), given(q, *maps)
-    back_sums, back_carry = plan.new_sums(1)
+    back_sums, back_carry = row_term, row_term
     if plan.splits > 1:
+        back_sums, back_carry = plan.new_sums(1)
         plan.kernel("add_up_splits_backwards", plan.splits - 1)(
             (q, dy, masks[0], masks[2], own_maps[0], own_maps[2], scale, row_term, back_sums, back_carry)
         )
@@ -319,7 +321,6 @@ def _one_pass(
     dv = plan.new(*shape, plan.values, dtype=dtype)
     if plan.delay:  # the last keys are nobody's
         dk[:, -plan.delay :], dv[:, -plan.delay :] = 0, 0
-    nothing = plan.new(0)
 
     def shares(weight: Optional) -> Tensor:
         return nothing if weight is None else plan.new(plan.batch, plan.heads, plan.splits, *weight.shape[1:])
