@@ -334,9 +334,6 @@ def main() -> int:
     }
     print(record, flush=True)
     record["decode H32 D128"] = decode(top["copy_tb_s"])
-    record["prefill"] = [
-        row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe, options.host_profile)
-    ]
     record["shapes"] = {}
 
     def add(shape: str, name: str, contender: Contender) -> None:
@@ -351,11 +348,14 @@ def main() -> int:
         print(shape, name, shown, flush=True)
         (out / "results.json").write_text(json.dumps(record, indent=1))
 
-    for libraries in (False, True):  # flash-linear-attention last: it may tune itself for minutes
+    for libraries in (False, True):  # flash-linear-attention after the others: it may tune itself for minutes
         for shape, sizes in SHAPES.items():
             for name, contender in contenders(sizes).items():
                 if name.startswith("fla") == libraries:
                     add(shape, name, contender)
+    for name, contender in fla_gla(SHAPES[MAIN]).items():
+        add(MAIN, name, contender)
+    print("\n".join(ratios(record["shapes"])), flush=True)
     curve: dict[str, dict[int, float]] = {}
     for length in CURVE:
         for name, contender in contenders((1, 16, 16, 64, length)).items():
@@ -365,9 +365,10 @@ def main() -> int:
     record["curve B1 H16 D64"] = curve
     (out / "results.json").write_text(json.dumps(record, indent=1))
     draw(curve, out)
-    for name, contender in fla_gla(SHAPES[MAIN]).items():
-        add(MAIN, name, contender)
-    print("\n".join(ratios(record["shapes"])))
+    record["prefill"] = [
+        row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe, options.host_profile)
+    ]
+    (out / "results.json").write_text(json.dumps(record, indent=1))
     return 0
 
 
