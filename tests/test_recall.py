@@ -6,6 +6,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from linearize.errors import DataError
 from linearize.evals.recall import TASKS, Questions, ask, find_tasks, sentences_of, training_rows
-from linearize.evals.recall.ask import _examples, greedy
+from linearize.evals.recall.ask import TOKENS_AT_ONCE, _examples, greedy
 from linearize.evals.recall.babilong import OBJECTS, ROOMS, STORIES
 from linearize.evals.recall.base import Desk, Example, Reply, opening, split_of
 from linearize.evals.recall.tokens import PAIRS, _slots
@@ -196,6 +197,28 @@ def test_asks_every_depth_and_decodes_as_generate_does(
     own = teacher.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     with torch.no_grad():
         torch.testing.assert_close(greedy(teacher, ids, 5), own[:, ids.shape[1] :])
+
+
+def test_who_is_asked_together_does_not_matter(
+    make_teacher: Callable[..., PreTrainedModel], letters: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replies, one by one and all at once; marks follow from them."""
+    teacher = make_teacher(vocab_size=300, max_position_embeddings=4096)
+    replies: list[list[Reply]] = []
+
+    def correct(reply: Reply, example: Example) -> bool:
+        replies[-1].append(reply)
+        return len(reply.text) % 2 == 0
+
+    for name in ("passkey", "copy"):
+        monkeypatch.setitem(TASKS, name, replace(TASKS[name], correct=correct))
+        answered = []
+        for tokens in (1, 10_000):
+            monkeypatch.setitem(TOKENS_AT_ONCE, "cpu", tokens)
+            replies.append([])
+            answered.append(ask(teacher, letters, name, Questions(length=600, depths=3, samples=2), PROSE))
+        assert replies[-1] == replies[-2]
+        assert answered[0] == answered[1]
 
 
 def test_bad_names_and_lengths(letters: PreTrainedTokenizerFast) -> None:

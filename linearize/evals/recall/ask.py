@@ -60,17 +60,18 @@ def ask(
     task = TASKS[name]
     desk = Desk(tokenizer, questions.length, "test", prose)
     rows = max(1, TOKENS_AT_ONCE[model.device.type] // questions.length)
-    found = []
+    by_depth = {
+        depth: _examples(task, desk, f"{name} {questions.seed}", depth or 0.0, count)
+        for depth, count in _depths(task, questions)
+    }
+    examples = [(depth, example) for depth, some in by_depth.items() for example in some]
+    marks: dict[float | None, list[bool]] = {depth: [] for depth in by_depth}
     with torch.no_grad(), eval_mode(model):
-        for depth, count in _depths(task, questions):
-            examples = _examples(task, desk, f"{name} {questions.seed}", depth or 0.0, count)
-            marks = [
-                mark
-                for start in range(0, count, rows)
-                for mark in _marks(model, tokenizer, task, examples[start : start + rows])
-            ]
-            found.append(Answered(depth=depth, count=len(marks), correct=sum(marks)))
-    return found
+        for start in range(0, len(examples), rows):  # of all depths: a step takes as long for many as for few
+            depths, batch = zip(*examples[start : start + rows], strict=True)
+            for depth, found in zip(depths, _marks(model, tokenizer, task, batch), strict=True):
+                marks[depth] += found
+    return [Answered(depth=depth, count=len(found), correct=sum(found)) for depth, found in marks.items()]
 
 
 def _depths(task: RecallTask, questions: Questions) -> list[tuple[float | None, int]]:
@@ -87,22 +88,23 @@ def _examples(task: RecallTask, desk: Desk, seed: str, depth: float, count: int)
 
 
 def _marks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: RecallTask, examples: list[Example]
-) -> list[bool]:
-    """Right or wrong, one for each answer."""
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: RecallTask, examples: Sequence[Example]
+) -> list[list[bool]]:
+    """Right or wrong, for each answer of each example; whichever examples are asked together."""
     input_ids_BT = torch.tensor([example.input_ids for example in examples], device=model.device)
     if task.correct is None:
         return _read_off(model, input_ids_BT, examples)
-    longest = max(len(example.answer_ids) for example in examples)
-    replies = greedy(model, input_ids_BT, min(task.answer_tokens, longest + MORE)).tolist()
+    counts = [min(task.answer_tokens, len(example.answer_ids) + MORE) for example in examples]
+    replies = greedy(model, input_ids_BT, max(counts)).tolist()
+    replies = [ids[:count] for ids, count in zip(replies, counts, strict=True)]
     texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
     return [
-        task.correct(Reply(tuple(ids), text), example)
+        [task.correct(Reply(tuple(ids), text), example)]
         for ids, text, example in zip(replies, texts, examples, strict=True)
     ]
 
 
-def _read_off(model: PreTrainedModel, input_ids_BT: Tensor, examples: list[Example]) -> list[bool]:
+def _read_off(model: PreTrainedModel, input_ids_BT: Tensor, examples: Sequence[Example]) -> list[list[bool]]:
     """Whether the likeliest next token at each query is its value: one forward, and the head at the queries alone."""
     hidden_BTD = model.base_model(input_ids_BT, use_cache=False).last_hidden_state
     head = head_of(model)
@@ -110,7 +112,7 @@ def _read_off(model: PreTrainedModel, input_ids_BT: Tensor, examples: list[Examp
     for hidden_TD, example in zip(hidden_BTD, examples, strict=True):
         places, values = zip(*example.queries, strict=True)
         likeliest = head(hidden_TD[list(places)]).argmax(-1).tolist()
-        marks += [token == value for token, value in zip(likeliest, values, strict=True)]
+        marks.append([token == value for token, value in zip(likeliest, values, strict=True)])
     return marks
 
 
