@@ -103,7 +103,7 @@ def test_every_length_leaves_a_row_and_what_does_not_fit_says_so(
     student, teacher = folders
     whole = module.TASKS["prefill"]
 
-    def too_long(subject: module.Subject, ids_BT: torch.Tensor, count: int) -> Any:
+    def too_long(subject: module.TimedModel, ids_BT: torch.Tensor, count: int) -> Any:
         if subject.name == "teacher" and ids_BT.shape[1] > 16:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return whole(subject, ids_BT, count)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import shlex
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
@@ -63,7 +64,7 @@ class SpeedSettings(Config):
 
 
 @dataclass(frozen=True)
-class Subject:
+class TimedModel:
     """A model to be timed, and whether its decoding step goes into a graph."""
 
     name: Literal["teacher", "student"]
@@ -109,7 +110,9 @@ def measure_speed(
     return rows
 
 
-def _subjects(folder: Path, teacher: str | None, machine: Machine, settings: SpeedSettings, say: Say) -> list[Subject]:
+def _subjects(
+    folder: Path, teacher: str | None, machine: Machine, settings: SpeedSettings, say: Say
+) -> list[TimedModel]:
     """The models, still on the CPU, with one decision on graphs for all of them."""
     if not folder.is_dir():
         raise RunError("is no folder", place=str(folder), remedy="Give the --out folder of a finished run.")
@@ -118,10 +121,10 @@ def _subjects(folder: Path, teacher: str | None, machine: Machine, settings: Spe
     entry = student.config.linearize
     mixed = len(entry["layers"]) < student.config.num_hidden_layers
     kind = entry["mixer"]["kind"] + (f" and {student.config._attn_implementation}" if mixed else "")
-    subjects = [Subject("student", student, kind, mixed, False)]
+    subjects = [TimedModel("student", student, kind, mixed, False)]
     if teacher is not None:
         model = load_teacher(teacher, dtype=machine.dtype, device=torch.device("cpu")).model
-        subjects.append(Subject("teacher", model, model.config._attn_implementation, True, False))
+        subjects.append(TimedModel("teacher", model, model.config._attn_implementation, True, False))
         if max(settings.lengths) > (known := model.config.max_position_embeddings):
             say(f"Beyond {known:,} positions the teacher's answers mean nothing; its time and memory still do.")
     if machine.device.type != "cuda" or not settings.graphs:
@@ -150,7 +153,7 @@ def _check_positions(settings: SpeedSettings, last: int | None) -> None:
         )
 
 
-def _fault_of_capture(subject: Subject, device: torch.device) -> str | None:
+def _fault_of_capture(subject: TimedModel, device: torch.device) -> str | None:
     """Why a step cannot be captured; None when it can."""
     with _moved(subject.model, device):
         try:
@@ -160,7 +163,7 @@ def _fault_of_capture(subject: Subject, device: torch.device) -> str | None:
     return None
 
 
-def _row(subject: Subject, settings: SpeedSettings, length: int, mode: Mode) -> SpeedRow:
+def _row(subject: TimedModel, settings: SpeedSettings, length: int, mode: Mode) -> SpeedRow:
     """Time one task; one that does not fit is a row as well."""
     ids_BT = _random_ids(subject.model, settings.batch, length, settings.seed)
     common: dict[str, Any] = {
@@ -206,7 +209,7 @@ class _Measured(NamedTuple):
     refused: str
 
 
-def _measured(subject: Subject, ids_BT: Tensor, mode: Mode, count: int) -> _Measured:
+def _measured(subject: TimedModel, ids_BT: Tensor, mode: Mode, count: int) -> _Measured:
     """Time a task with the fastest kernel.
 
     Raises:
@@ -242,11 +245,18 @@ def _fastest_kernel(run: Run, count: int) -> tuple[str, str]:
     return min(speeds, key=speeds.__getitem__), refused
 
 
-def _with_kernel(kernel: str | None) -> AbstractContextManager[None]:
-    return nullcontext() if kernel is None else sdpa_kernel(KERNELS[kernel])
+@contextmanager
+def _with_kernel(kernel: str | None) -> Iterator[None]:
+    """Softmax attention by this kernel alone. Why it does not run, PyTorch says in warnings for each of the others."""
+    if kernel is None:
+        yield
+        return
+    with warnings.catch_warnings(), sdpa_kernel(KERNELS[kernel]):
+        warnings.simplefilter("ignore", UserWarning)
+        yield
 
 
-def _prefill(subject: Subject, ids_BT: Tensor, count: int) -> tuple[Run, Callable[[], int]]:
+def _prefill(subject: TimedModel, ids_BT: Tensor, count: int) -> tuple[Run, Callable[[], int]]:
     """The whole context at once into an empty cache, up to the next token; and the bytes that the cache then holds."""
     model, length = subject.model, ids_BT.shape[1]
     states = [0]
@@ -265,7 +275,7 @@ def _prefill(subject: Subject, ids_BT: Tensor, count: int) -> tuple[Run, Callabl
     return run, lambda: states[0]
 
 
-def _decode(subject: Subject, ids_BT: Tensor, count: int) -> tuple[Run, Callable[[], int]]:
+def _decode(subject: TimedModel, ids_BT: Tensor, count: int) -> tuple[Run, Callable[[], int]]:
     """Single steps behind a context that is read first, in pieces and with any kernel; and the bytes of its state."""
     cache = roomy_cache(subject.model, ids_BT.shape[1] + WARM_STEPS + max(count, TRIES["decode"]))
     read_context(subject.model, cache, ids_BT)
@@ -283,7 +293,7 @@ def _decode(subject: Subject, ids_BT: Tensor, count: int) -> tuple[Run, Callable
     return run, lambda: held
 
 
-TASKS: dict[Mode, Callable[[Subject, Tensor, int], tuple[Run, Callable[[], int]]]] = {
+TASKS: dict[Mode, Callable[[TimedModel, Tensor, int], tuple[Run, Callable[[], int]]]] = {
     "prefill": _prefill,
     "decode": _decode,
 }
