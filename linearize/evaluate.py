@@ -58,18 +58,22 @@ def teacher_of(folder: str | Path) -> str:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """Window lengths such as `512,1024,4k`.
+    """Window lengths such as `512,1024,4k`; of a length, unlike of a budget, 4k is 4,096.
 
     Raises:
         DataError: for anything that is no number of at least 2.
     """
     try:
-        lengths = [int(parse_count(part)) for part in text.split(",")]
+        lengths = [_length(part.strip()) for part in text.split(",")]
     except ValueError as error:
         raise DataError(str(error), place="--lengths", remedy="Example: 512,1024,4096.") from None
     if min(lengths) < 2:
         raise DataError(f"a window of {min(lengths)} tokens predicts nothing", place="--lengths")
     return lengths
+
+
+def _length(text: str) -> int:
+    return 1024 * int(text[:-1]) if text[:-1].isdecimal() and text[-1] in "kK" else int(parse_count(text))
 
 
 def is_hybrid(folder: str) -> bool:

@@ -26,7 +26,7 @@ from linearize.evals.positions import departure, edges_of, position_rows, window
 from linearize.evals.records import BRANCHES, DiagnosticRow, PositionRow, RecallRow, TaskRow, read_rows
 from linearize.evals.samples import Sampling, generate_from_folder
 from linearize.evals.speed import SpeedSettings, measure_speed
-from linearize.evaluate import evaluate
+from linearize.evaluate import evaluate, parse_lengths
 from linearize.export import export_student
 from linearize.machine import choose_machine
 from linearize.mixers.swa import SwaConfig
@@ -287,3 +287,10 @@ def test_all_is_everything_that_the_student_has(folders: dict[str, str], monkeyp
     assert hybrid.max_tokens == 16384
     assert (linear.probe, linear.positions, linear.diagnostics) == (False, False, False)
     assert (linear.teacher, linear.max_tokens) == (None, 8192)
+
+
+def test_lengths_are_powers_of_two() -> None:
+    assert parse_lengths("512, 1k,16K,128k,1500") == [512, 1024, 16384, 131072, 1500]
+    for bad in ("", "k", "1", "1kk", "half"):
+        with pytest.raises(DataError, match="--lengths"):
+            parse_lengths(bad)

@@ -21,7 +21,9 @@ def evaluate(
             "--text", help="Measure perplexity on it: .txt, .jsonl, .parquet or a folder. Also recall's prose."
         ),
     ] = None,
-    lengths: Annotated[str, typer.Option(help="Of windows and recall contexts, separated by commas.")] = "512,1024",
+    lengths: Annotated[
+        str, typer.Option(help="Of windows and recall contexts, separated by commas; 1k is 1,024.")
+    ] = "512,1024",
     max_tokens: Annotated[
         int | None,
         typer.Option(min=2, help="Tokens read per source and length. Default: 8192, or the longest length."),

@@ -12,7 +12,7 @@ from linearize.commands.options import DeviceOption, log_console, out_console
 
 def speed(
     path: Annotated[Path, typer.Argument(help="The student's folder.")],
-    lengths: Annotated[str, typer.Option(help="Context lengths, separated by commas.")] = "512,1024",
+    lengths: Annotated[str, typer.Option(help="Context lengths, separated by commas; 1k is 1,024.")] = "512,1024",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at one time.")] = 1,
     decode: Annotated[int, typer.Option(min=1, help="Decoding steps that are timed at each length.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Prefills that are timed at each length.")] = 5,
