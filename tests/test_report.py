@@ -28,7 +28,18 @@ from linearize.evals.records import (
     write_rows,
 )
 from linearize.report import write_report
-from linearize.report.charts import FORMATS, Heat, Lines, Point, Series, heat_share, plotted, thinned, ticks
+from linearize.report.charts import (
+    FORMATS,
+    Heat,
+    Lines,
+    Point,
+    Series,
+    heat_share,
+    measured_ticks,
+    plotted,
+    thinned,
+    ticks,
+)
 from linearize.report.facts import RunFacts
 from linearize.report.svg import draw
 from linearize.report.training import training_charts
@@ -378,3 +389,11 @@ def test_the_page_draws_in_a_browser(chromium: Browser, run: Path, tmp_path: Pat
             assert chromium.evaluate("document.documentElement.scrollWidth") <= width
         colours[dark] = chromium.evaluate(COLOURS)
     assert all(light != dark for light, dark in zip(colours[False], colours[True], strict=True))
+
+
+def test_lengths_that_lie_close_share_a_number() -> None:
+    lengths = [1024, 8192, 32768, 105472, 131072]
+    assert measured_ticks(lengths) == [1024, 8192, 32768, 131072]
+    assert measured_ticks([512, 1024, 2048]) == [512, 1024, 2048]
+    assert measured_ticks([512]) == [512]
+    assert measured_ticks([]) == []

@@ -152,9 +152,17 @@ def ticks(low: float, high: float, *, log: bool, most: int = 6) -> list[float]:
 
 
 def measured_ticks(values: Iterable[float], most: int = 6) -> list[float]:
-    """The values themselves, thinned: lengths are chosen by whoever measures, and shall be read off."""
-    found = sorted(set(values))
-    return found[:: math.ceil(len(found) / most)] if found else []
+    """The values of a log axis themselves, thinned: lengths are chosen by whoever measures, and shall be read off.
+
+    Of neighbours whose numbers would overlap the larger one stays.
+    """
+    kept: list[float] = []
+    found = sorted(set(values), reverse=True)
+    for value in found:
+        if not kept or math.log(kept[-1] / value) >= math.log(found[0] / found[-1]) / 10:
+            kept.append(value)
+    kept.reverse()
+    return kept[:: math.ceil(len(kept) / most)] if kept else []
 
 
 def plotted(chart: Lines) -> tuple[Series, ...]:
