@@ -5,7 +5,7 @@ Shape legend: B batch, T tokens, H query heads, V value width (in distillation: 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -135,10 +135,12 @@ def distillation_loss(
     1503.02531). Both terms are means over the targets: dividing by the batch size only, as `batchmean` over
     [B, T, V] does, makes them grow with T.
     """
-    loss, kl, cross_entropy = _Distillation.apply(
-        student_LD, teacher_LD, heads, targets_L, mask_L, weights, *heads.trained
-    )
-    return DistillationLoss(loss, kl, cross_entropy)
+
+    def terms(hidden_LD: Tensor, part: slice) -> tuple[Tensor, ...]:
+        goal_LD = teacher_LD[part].detach()
+        return _chunk(hidden_LD, goal_LD, heads, targets_L[part], mask_L[part], LossWeights(*weights[:3]))
+
+    return in_chunks(terms, student_LD, mask_L, weights, heads.trained)
 
 
 CHUNK = {"cpu": 128, "cuda": 2048}
@@ -152,32 +154,33 @@ class DistillationWeights(NamedTuple):
     chunk: int | None = None  # tokens whose logits exist at one time; None = CHUNK of the device
 
 
-class _Distillation(torch.autograd.Function):
-    """Computes each chunk's gradients right after its loss: those of the hidden states and of the student's head."""
+ChunkTerms = Callable[[Tensor, slice], tuple[Tensor, ...]]
+"""Of a chunk's hidden states [chunk, D], which want a gradient, and its place: the sums of KL and cross-entropy, and
+the gradients of their weighted sum for the hidden states and for each trained parameter of the head.
+"""
 
-    # More parameters than the style allows: autograd wants every tensor that gets a gradient as one of its own.
+
+def in_chunks(
+    terms: ChunkTerms, student_LD: Tensor, mask_L: Tensor, weights: DistillationWeights, trained: Sequence[nn.Parameter]
+) -> DistillationLoss:
+    """Means over the targets of what `terms` finds chunk by chunk; each chunk's gradients come right after its loss."""
+    return DistillationLoss(*_InChunks.apply(student_LD, terms, mask_L, weights, *trained))
+
+
+class _InChunks(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        student_LD: Tensor,
-        teacher_LD: Tensor,
-        heads: Heads,
-        targets_L: Tensor,
-        mask_L: Tensor,
-        weights: DistillationWeights,
-        *trained: Tensor,
+        ctx: Any, student_LD: Tensor, terms: ChunkTerms, mask_L: Tensor, weights: DistillationWeights, *trained: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         count = mask_L.sum().clamp_min(1)
         gradient_LD = torch.empty_like(student_LD)
         head_gradients = [torch.zeros_like(parameter) for parameter in trained]
         kl, cross_entropy = torch.zeros(2, device=student_LD.device).unbind()
         chunk = weights.chunk or CHUNK[device_kind(student_LD)]
-        for start in range(0, len(targets_L), chunk):
+        for start in range(0, len(mask_L), chunk):
             part = slice(start, start + chunk)
-            hidden = student_LD[part].detach().requires_grad_()
-            chunk_kl, chunk_cross_entropy, gradient_LD[part], *more = _chunk(
-                hidden, teacher_LD[part].detach(), heads, targets_L[part], mask_L[part], LossWeights(*weights[:3])
-            )
+            hidden_LD = student_LD[part].detach().requires_grad_()
+            chunk_kl, chunk_cross_entropy, gradient_LD[part], *more = terms(hidden_LD, part)
             for total, gradient in zip(head_gradients, more, strict=True):
                 total += gradient
             kl, cross_entropy = kl + chunk_kl, cross_entropy + chunk_cross_entropy
@@ -190,7 +193,7 @@ class _Distillation(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
         gradient_LD, *head_gradients = ctx.saved_tensors
         scaled = (gradient * gradients[0] for gradient in head_gradients)
-        return gradient_LD * gradients[0], None, None, None, None, None, *scaled
+        return gradient_LD * gradients[0], None, None, None, *scaled
 
 
 # Six parameters: a chunk of every tensor there is. A function, so that one chunk's logits are gone before the next's.

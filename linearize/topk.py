@@ -5,12 +5,12 @@ Shape legend: B batch, T tokens, L = B * T, V vocabulary, K entries kept, D mode
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from linearize.losses import CHUNK, DistillationLoss, DistillationWeights, Head, Heads
+from linearize.losses import CHUNK, DistillationLoss, DistillationWeights, Head, Heads, in_chunks
 
 
 class TopK(NamedTuple):
@@ -78,57 +78,19 @@ def topk_distillation_loss(
         mask_L: True where there is a target.
         weights: of the two terms, and the temperature.
     """
-    loss, kl, cross_entropy = _TopKDistillation.apply(
-        student_LD, teacher, heads, targets_L, mask_L, weights, *heads.trained
-    )
-    return DistillationLoss(loss, kl, cross_entropy)
 
+    def terms(hidden_LD: Tensor, part: slice) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            student_LV = heads.student(hidden_LD)
+        goal = TopK(*(tensor[part] for tensor in teacher))
+        gradient_LV, kl = _kl_terms(student_LV.detach(), goal, mask_L[part], weights)
+        cross_entropy = _add_cross_entropy(
+            gradient_LV, student_LV.detach(), targets_L[part], mask_L[part], weights.cross_entropy
+        )
+        gradient_LV = gradient_LV.to(student_LV.dtype)
+        return kl, cross_entropy, *torch.autograd.grad(student_LV, [hidden_LD, *heads.trained], gradient_LV)
 
-class _TopKDistillation(torch.autograd.Function):
-    """Computes each chunk's gradients right after its loss, as `losses.distillation_loss` does."""
-
-    # More parameters than the style allows: autograd wants every tensor that gets a gradient as one of its own.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student_LD: Tensor,
-        teacher: TopK,
-        heads: Heads,
-        targets_L: Tensor,
-        mask_L: Tensor,
-        weights: DistillationWeights,
-        *trained: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        count = mask_L.sum().clamp_min(1)
-        gradient_LD = torch.empty_like(student_LD)
-        head_gradients = [torch.zeros_like(parameter) for parameter in trained]
-        kl, cross_entropy = torch.zeros(2, device=student_LD.device).unbind()
-        chunk = weights.chunk or CHUNK[student_LD.device.type]
-        for start in range(0, len(targets_L), chunk):
-            part = slice(start, start + chunk)
-            with torch.enable_grad():
-                hidden = student_LD[part].detach().requires_grad_()
-                student_LV = heads.student(hidden)
-            goal = TopK(*(tensor[part] for tensor in teacher))
-            gradient_LV, chunk_kl = _kl_terms(student_LV.detach(), goal, mask_L[part], weights)
-            chunk_cross_entropy = _add_cross_entropy(
-                gradient_LV, student_LV.detach(), targets_L[part], mask_L[part], weights.cross_entropy
-            )
-            gradient_LV = gradient_LV.to(student_LV.dtype)
-            gradient_LD[part], *more = torch.autograd.grad(student_LV, [hidden, *trained], gradient_LV)
-            for total, gradient in zip(head_gradients, more, strict=True):
-                total += gradient
-            kl, cross_entropy = kl + chunk_kl, cross_entropy + chunk_cross_entropy
-        ctx.save_for_backward(gradient_LD / count, *(gradient.div_(count) for gradient in head_gradients))
-        kl, cross_entropy = kl / count, cross_entropy / count
-        ctx.mark_non_differentiable(kl, cross_entropy)
-        return weights.kl * kl + weights.cross_entropy * cross_entropy, kl, cross_entropy
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Any) -> tuple[Tensor | None, ...]:
-        gradient_LD, *head_gradients = ctx.saved_tensors
-        scaled = (gradient * gradients[0] for gradient in head_gradients)
-        return gradient_LD * gradients[0], None, None, None, None, None, *scaled
+    return in_chunks(terms, student_LD, mask_L, weights, heads.trained)
 
 
 def _kl_terms(student_LV: Tensor, teacher: TopK, mask_L: Tensor, weights: DistillationWeights) -> tuple[Tensor, Tensor]:
