@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import RunError
-from linearize.families import has_experts
+from linearize.families import has_experts, rotations
 from linearize.quantized import is_quantized
 from linearize.stages.base import Batch, StageConfig
 from linearize.surgery import Graft, sliding_layers
@@ -33,6 +33,11 @@ ROOM = 1.5
 """Free memory that recording wants, in units of what a micro-batch takes: a graph keeps its own between its runs, and
 what runs beside it, such as an evaluation, needs memory too."""
 
+WATCHING = {"dynamic", "longrope"}
+"""Rotary angles that depend on how far the positions go: transformers fetches the farthest one from the GPU (longrope:
+in its older releases).
+"""
+
 
 def obstacle(config: StageConfig, graft: Graft) -> str:
     """Why a stage's micro-batches cannot be recorded; empty where they can."""
@@ -43,6 +48,7 @@ def obstacle(config: StageConfig, graft: Graft) -> str:
         "experts get as many tokens as the router says": has_experts(model.config),
         "transformers looks at positions on the host to mask them": model.config._attn_implementation != "sdpa"
         or bool(sliding_layers(model)),
+        "transformers looks at positions on the host to turn them": bool(WATCHING & rotations(model.config)),
     }
     return config.changes or next((words for words, so in obstacles.items() if so), "")
 
@@ -163,8 +169,10 @@ class Replayed:
                 metrics = self._work(inputs)
                 metrics_N = torch.stack([value.float() for value in metrics.values()])
         except RuntimeError as error:  # CUDA is not to be trusted in this process any more
+            # the end of a recording that failed fails too, and says only that it did
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             raise RunError(
-                f"a micro-batch cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}",
+                f"a micro-batch cannot be recorded as a CUDA graph: {str(cause).splitlines()[0]}.",
                 remedy="Go on with the same command, `--resume` and `--no-graphs`.",
             ) from error
         log.info("recorded a CUDA graph of micro-batches %s", list(inputs.input_ids_BT.shape))
