@@ -33,6 +33,11 @@ ROOM = 1.5
 """Free memory that recording wants, in units of what a micro-batch takes: a graph keeps its own between its runs, and
 what runs beside it, such as an evaluation, needs memory too."""
 
+MASKED = 8192
+"""Tokens up to which rows of one document get a mask like others, to be the same work. A mask is T x T, and the fastest
+kernels of softmax take none: longer rows are launched as they come, which keeps the GPU busy anyway.
+"""
+
 WATCHING = {"dynamic", "longrope"}
 """Rotary angles that depend on how far the positions go: transformers fetches the farthest one from the GPU (longrope:
 in its older releases).
@@ -96,7 +101,8 @@ class Replayed:
     """Micro-batches replayed from a CUDA graph, once a few of the same shape have been launched.
 
     The numbers are those of `Launched`: the same kernels run in the same order, and random numbers follow the state of
-    the generator. Gradients add up in tensors that stay, since a graph knows addresses only.
+    the generator; only rows of one document are masked, up to a length, and other kernels of softmax round otherwise.
+    Gradients add up in tensors that stay, since a graph knows addresses only.
 
     Args:
         work: looks at no number on the host, and does the same for all batches of one shape.
@@ -121,15 +127,11 @@ class Replayed:
             parameter.grad = gradient
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        batch = _packed(batch)
-        form = tuple(tensor.shape for tensor in _tensors(batch))
         before = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
-            if form not in self._recordings and self._launched[form] >= RUNS_BEFORE and self._has_room():
-                self._recordings[form] = self._record(batch)
-            recording = self._recordings.get(form)
-            metrics = self._launch(batch, form) if recording is None else _replay(recording, batch)
+            long = batch.segments_BT is None and batch.input_ids_BT.shape[1] > MASKED
+            metrics = self._launch(batch) if long else self._replay_or_launch(_packed(batch))
         before.wait_stream(self._stream)
         return metrics
 
@@ -138,8 +140,17 @@ class Replayed:
         self._gradients.clear()
         torch._C._cuda_clearCublasWorkspaces()  # those of our stream: nobody else would use or free them
 
-    def _launch(self, batch: Batch, form: tuple[torch.Size, ...]) -> Mapping[str, Tensor]:
+    def _replay_or_launch(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Replay it, where one of its shape was recorded or can be by now."""
+        form = tuple(tensor.shape for tensor in _tensors(batch))
+        if form not in self._recordings and self._launched[form] >= RUNS_BEFORE and self._has_room():
+            self._recordings[form] = self._record(batch)
+        if form in self._recordings:
+            return _replay(self._recordings[form], batch)
         self._launched[form] += 1
+        return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> Mapping[str, Tensor]:
         metrics = self._work(batch.to(self._device))
         self._learning = [parameter for parameter in self._parameters if parameter.grad is not None]
         return metrics
