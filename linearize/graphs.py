@@ -201,7 +201,8 @@ def _packed(batch: Batch) -> Batch:
     """The batch with document numbers, where every row is one document too: one shape, and one way to mask, for all."""
     if batch.segments_BT is not None:
         return batch
-    return replace(batch, segments_BT=torch.zeros_like(batch.input_ids_BT))
+    ids_BT = batch.input_ids_BT
+    return replace(batch, segments_BT=torch.zeros_like(ids_BT, pin_memory=ids_BT.is_pinned()))
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:

@@ -6,25 +6,34 @@ work again on the tensors it was recorded with, whatever `.grad` is by then.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny_families import SPECIAL, tiny_teacher
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize import graphs
+from linearize import train as train_module
+from linearize.adapters import LoraSettings
+from linearize.checkpoint import Checkpoint, list_checkpoints, load_latest
 from linearize.errors import RunError
 from linearize.graphs import Launched, Replayed, obstacle
+from linearize.metrics import MetricsLog, Progress, read_metrics
 from linearize.recipe import load_recipe
-from linearize.stages import Batch, StageConfig, build_stage
+from linearize.runs import FitSettings, Run
+from linearize.stages import Batch, StageConfig, build_stage, student_parameters
 from linearize.stages.distil import DistilConfig
 from linearize.stages.transfer import TransferConfig
-from linearize.surgery import graft, plan_surgery
+from linearize.surgery import graft, plan_surgery, with_frozen_teacher
 from linearize.topk import TopK
 
 CPU = torch.device("cpu")
@@ -52,51 +61,43 @@ class Model(nn.Module):
 
 
 class FakeGraph:
-    """A CUDA graph's part of the bargain."""
+    """A CUDA graph's part of the bargain, for micro-batches of `owner`."""
 
-    recorded: int = 0
-    replays: int = 0
+    owner: Replayed
+    recorded = replays = 0
 
-    def begin(self, model: Model) -> None:
-        self.model = model
-        self.gradients = {p: p.grad for p in model.parameters()}
-        self.before = {p: p.grad.clone() for p in model.parameters() if p.grad is not None}
-        self.rng = torch.get_rng_state()
-        FakeGraph.recorded += 1
-
-    def end(self) -> None:
-        torch.set_rng_state(self.rng)
+    @contextmanager
+    def record(self, *_: Any, **__: Any) -> Iterator[None]:
+        self.gradients = {p: p.grad for p in self.owner._parameters}
+        before = {p: g.clone() for p, g in self.gradients.items() if g is not None}
+        rng = torch.get_rng_state()
+        yield
+        torch.set_rng_state(rng)
         for parameter, gradient in self.gradients.items():
             assert parameter.grad is gradient, "a gradient would lie in the graph's own memory, and be overwritten"
             if gradient is not None:
-                gradient.copy_(self.before[parameter])
+                gradient.copy_(before[parameter])
+        FakeGraph.recorded += 1
 
     def replay(self) -> None:
-        (mine,) = [each for each in self.owner._recordings.values() if each.graph is self]
-        now = {p: p.grad for p in self.model.parameters()}
+        (mine,) = [each for each in self.owner._recordings.values() if each.graph is self]  # type: ignore[comparison-overlap]
+        now = {p: p.grad for p in self.owner._parameters}
         for parameter, gradient in self.gradients.items():
             parameter.grad = gradient
-        found = self.model.work(mine.batch)
+        found = self.owner._work(mine.batch)
         mine.metrics_N.copy_(torch.stack([value.float() for value in found.values()]))
         for parameter, gradient in now.items():
             parameter.grad = gradient
         FakeGraph.replays += 1
 
 
-@pytest.fixture
-def model(monkeypatch: pytest.MonkeyPatch) -> Model:
-    """A model, and torch.cuda as far as `Replayed` needs it."""
-    made, stream = Model(), SimpleNamespace(wait_stream=lambda other: None)
-
-    @contextmanager
-    def record(graph: FakeGraph, *_: Any, **__: Any) -> Iterator[None]:
-        graph.begin(made)
-        yield
-        graph.end()
-
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.cuda, as far as `Replayed` needs it."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
     cuda = {
         "Stream": lambda device: stream, "stream": lambda given: nullcontext(), "current_stream": lambda device: stream,
-        "graph_pool_handle": lambda: (0, 1), "CUDAGraph": FakeGraph, "graph": record,
+        "graph_pool_handle": lambda: (0, 1), "CUDAGraph": FakeGraph, "graph": FakeGraph.record,
         "memory_allocated": lambda device: 10, "max_memory_allocated": lambda device: 30,
         "memory_reserved": lambda device: 15, "mem_get_info": lambda device: (100, 200),
     }  # fmt: skip
@@ -105,13 +106,20 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     monkeypatch.setattr(FakeGraph, "recorded", 0)
     monkeypatch.setattr(FakeGraph, "replays", 0)
-    return made
+
+
+@pytest.fixture
+def model() -> Model:
+    return Model()
+
+
+def replay(work: graphs.Work, parameters: Sequence[nn.Parameter]) -> Replayed:
+    FakeGraph.owner = Replayed(work, parameters, CPU)
+    return FakeGraph.owner
 
 
 def replayed(model: Model) -> Replayed:
-    made = Replayed(model.work, list(model.parameters()), CPU)
-    FakeGraph.owner = made
-    return made
+    return replay(model.work, list(model.parameters()))
 
 
 def batch(number: int, length: int = 6, *, numbered: bool = True, cached: bool = False) -> Batch:
@@ -221,6 +229,77 @@ def test_without_room_all_is_launched(model: Model, monkeypatch: pytest.MonkeyPa
     assert FakeGraph.recorded == 1
 
 
+LENGTH, STEPS = 16, 5
+BUDGET = {"tokens": STEPS * 4 * LENGTH, "length": LENGTH, "batch": 4, "micro_batch": 2, "on_nonfinite": "skip"}
+FITS: dict[str, StageConfig] = {
+    "transfer": TransferConfig(**BUDGET),
+    "distil": DistilConfig(**BUDGET, kl=0.5, ce=0.5, lora=LoraSettings(dropout=0.3)),
+    "base": DistilConfig(**BUDGET, train=("mixer", "qkv", "norms")),
+    "lengths": DistilConfig(**{**BUDGET, "lengths": [[0.6, 8], [0.4, 16]]}),
+}
+
+
+def fitted(out: Path, config: StageConfig, saved: Checkpoint | None = None) -> tuple[dict[str, Tensor], list[Any]]:
+    """Weights and losses of a stage whose third step is skipped, from its start or from a checkpoint."""
+    teacher = tiny_teacher("llama")
+    torch.manual_seed(1)
+    grafted = graft(teacher, plan_surgery(teacher, load_recipe("hedgehog").mixer))
+    if config.trains_base:
+        grafted = with_frozen_teacher(grafted)
+    torch.manual_seed(2)
+    stage = build_stage(config, grafted)
+    train_micro_batch = stage.train_micro_batch
+
+    def spoiled(made: Batch, backward: Callable[[Tensor], None]) -> Mapping[str, Tensor]:
+        odd = torch.where((made.input_ids_BT == 0).all(), torch.nan, 1.0)
+        return train_micro_batch(made, lambda loss: backward(loss * odd))
+
+    def evaluate() -> dict[str, float]:
+        with torch.no_grad():
+            grafted.model(torch.ones(1, 4, dtype=torch.long))
+        return {"random": float(torch.rand(()))}
+
+    stage.train_micro_batch = spoiled  # type: ignore[method-assign]
+    rows = [batch(number, piece.length) for piece in config.pieces() for number in range(2 * piece.steps)]
+    rows[5] = replace(rows[5], input_ids_BT=torch.zeros_like(rows[5].input_ids_BT))
+    with MetricsLog(out / "metrics.jsonl") as metrics:
+        run = Run(
+            out=out, stage_index=0, student=student_parameters(grafted, [stage]), checkpoint=saved, metrics=metrics,
+            progress=Progress(Console(quiet=True)), seed=3, recipe_hash="recipe", corpus_fingerprint="corpus",
+        )  # fmt: skip
+        train_module.fit(
+            stage, rows, run, FitSettings("no", save_every_steps=2, keep=9, evaluate=evaluate, eval_every_steps=1)
+        )
+    losses = [record["loss"] for record in read_metrics(out / "metrics.jsonl")]
+    return {name: p.detach().clone() for name, p in stage.trainable().items()}, losses
+
+
+@pytest.mark.parametrize("kind", FITS)
+def test_a_stage_learns_the_same_from_replays(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit, over dropout, a skipped step and evaluations; and resumed in the middle of its replays."""
+    expected = fitted(tmp_path / "launched", FITS[kind])
+
+    as_launched = train_module._micro_batches
+
+    def as_replayed(stage: Any, accelerator: Any, parameters: Any, *rest: Any) -> Replayed:
+        return replay(as_launched(stage, accelerator, parameters, *rest)._work, parameters)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(train_module, "_micro_batches", as_replayed)
+    found = fitted(tmp_path / "replayed", FITS[kind])
+    assert FakeGraph.replays == 2 * STEPS - graphs.RUNS_BEFORE * FakeGraph.recorded
+    for name, weight in expected[0].items():
+        assert torch.equal(found[0][name], weight), name
+    assert found[1] == expected[1]
+    for checkpoint in list_checkpoints(tmp_path / "replayed")[1:]:
+        shutil.rmtree(checkpoint)
+    latest = load_latest(tmp_path / "replayed")
+    assert latest is not None
+    assert latest.state.step == 2
+    resumed, _ = fitted(tmp_path / "replayed", FITS[kind], latest)
+    for name, weight in expected[0].items():
+        assert torch.equal(resumed[name], weight), name
+
+
 def test_a_failed_recording_names_its_cause(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     run = replayed(model)
     for number in range(2):
@@ -229,15 +308,12 @@ def test_a_failed_recording_names_its_cause(model: Model, monkeypatch: pytest.Mo
     def fail(*_: Any) -> None:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    def fail_too(_: FakeGraph) -> None:
-        raise RuntimeError("operation failed due to a previous error")
-
     @contextmanager
-    def record(graph: FakeGraph, *_: Any, **__: Any) -> Iterator[None]:
+    def record(*_: Any, **__: Any) -> Iterator[None]:
         try:
             yield
         finally:
-            fail_too(graph)
+            raise RuntimeError("operation failed due to a previous error")
 
     monkeypatch.setattr(torch.cuda, "graph", record)
     monkeypatch.setattr(run, "_work", fail)
