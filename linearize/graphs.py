@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from linearize.errors import RunError
-from linearize.families import has_experts
+from linearize.families import has_experts, rotations
 from linearize.quantized import is_quantized
 from linearize.stages.base import Batch, StageConfig
 from linearize.surgery import Graft, sliding_layers
@@ -33,6 +33,16 @@ ROOM = 1.5
 """Free memory that recording wants, in units of what a micro-batch takes: a graph keeps its own between its runs, and
 what runs beside it, such as an evaluation, needs memory too."""
 
+MASKED = 8192
+"""Tokens up to which rows of one document get a mask like others, to be the same work. A mask is T x T, and the fastest
+kernels of softmax take none: longer rows are launched as they come, which keeps the GPU busy anyway.
+"""
+
+WATCHING = {"dynamic", "longrope"}
+"""Rotary angles that depend on how far the positions go: transformers fetches the farthest one from the GPU (longrope:
+in its older releases).
+"""
+
 
 def obstacle(config: StageConfig, graft: Graft) -> str:
     """Why a stage's micro-batches cannot be recorded; empty where they can."""
@@ -43,6 +53,7 @@ def obstacle(config: StageConfig, graft: Graft) -> str:
         "experts get as many tokens as the router says": has_experts(model.config),
         "transformers looks at positions on the host to mask them": model.config._attn_implementation != "sdpa"
         or bool(sliding_layers(model)),
+        "transformers looks at positions on the host to turn them": bool(WATCHING & rotations(model.config)),
     }
     return config.changes or next((words for words, so in obstacles.items() if so), "")
 
@@ -90,7 +101,8 @@ class Replayed:
     """Micro-batches replayed from a CUDA graph, once a few of the same shape have been launched.
 
     The numbers are those of `Launched`: the same kernels run in the same order, and random numbers follow the state of
-    the generator. Gradients add up in tensors that stay, since a graph knows addresses only.
+    the generator; only rows of one document are masked, up to a length, and other kernels of softmax round otherwise.
+    Gradients add up in tensors that stay, since a graph knows addresses only.
 
     Args:
         work: looks at no number on the host, and does the same for all batches of one shape.
@@ -115,15 +127,11 @@ class Replayed:
             parameter.grad = gradient
 
     def __call__(self, batch: Batch) -> Mapping[str, Tensor]:
-        batch = _packed(batch)
-        form = tuple(tensor.shape for tensor in _tensors(batch))
         before = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
-            if form not in self._recordings and self._launched[form] >= RUNS_BEFORE and self._has_room():
-                self._recordings[form] = self._record(batch)
-            recording = self._recordings.get(form)
-            metrics = self._launch(batch, form) if recording is None else _replay(recording, batch)
+            long = batch.segments_BT is None and batch.input_ids_BT.shape[1] > MASKED
+            metrics = self._launch(batch) if long else self._replay_or_launch(_packed(batch))
         before.wait_stream(self._stream)
         return metrics
 
@@ -132,8 +140,17 @@ class Replayed:
         self._gradients.clear()
         torch._C._cuda_clearCublasWorkspaces()  # those of our stream: nobody else would use or free them
 
-    def _launch(self, batch: Batch, form: tuple[torch.Size, ...]) -> Mapping[str, Tensor]:
+    def _replay_or_launch(self, batch: Batch) -> Mapping[str, Tensor]:
+        """Replay it, where one of its shape was recorded or can be by now."""
+        form = tuple(tensor.shape for tensor in _tensors(batch))
+        if form not in self._recordings and self._launched[form] >= RUNS_BEFORE and self._has_room():
+            self._recordings[form] = self._record(batch)
+        if form in self._recordings:
+            return _replay(self._recordings[form], batch)
         self._launched[form] += 1
+        return self._launch(batch)
+
+    def _launch(self, batch: Batch) -> Mapping[str, Tensor]:
         metrics = self._work(batch.to(self._device))
         self._learning = [parameter for parameter in self._parameters if parameter.grad is not None]
         return metrics
@@ -163,8 +180,10 @@ class Replayed:
                 metrics = self._work(inputs)
                 metrics_N = torch.stack([value.float() for value in metrics.values()])
         except RuntimeError as error:  # CUDA is not to be trusted in this process any more
+            # the end of a recording that failed fails too, and says only that it did
+            cause = error.__context__ if isinstance(error.__context__, RuntimeError) else error
             raise RunError(
-                f"a micro-batch cannot be recorded as a CUDA graph: {str(error).splitlines()[0]}",
+                f"a micro-batch cannot be recorded as a CUDA graph: {str(cause).splitlines()[0]}.",
                 remedy="Go on with the same command, `--resume` and `--no-graphs`.",
             ) from error
         log.info("recorded a CUDA graph of micro-batches %s", list(inputs.input_ids_BT.shape))
@@ -182,7 +201,8 @@ def _packed(batch: Batch) -> Batch:
     """The batch with document numbers, where every row is one document too: one shape, and one way to mask, for all."""
     if batch.segments_BT is not None:
         return batch
-    return replace(batch, segments_BT=torch.zeros_like(batch.input_ids_BT))
+    ids_BT = batch.input_ids_BT
+    return replace(batch, segments_BT=torch.zeros_like(ids_BT, pin_memory=ids_BT.is_pinned()))
 
 
 def _tensors(batch: Batch) -> tuple[Tensor, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedConfig
 
 from linearize.errors import SurgeryError, unknown_name
@@ -32,6 +34,7 @@ __all__ = [
     "Window",
     "family_of",
     "has_experts",
+    "rotations",
 ]
 
 FAMILIES: dict[str, ModelFamily] = {
@@ -62,6 +65,13 @@ NOT_TEXT: dict[str, str] = {"gemma3": GEMMA3.model_type}
 def has_experts(config: PreTrainedConfig) -> bool:
     """Whether a router chooses which weights a token meets."""
     return not {"num_experts", "num_local_experts"}.isdisjoint(config.to_dict())
+
+
+def rotations(config: PreTrainedConfig) -> set[str]:
+    """The kinds of rotary angles, by transformers' names; layers of different kinds may have their own."""
+    rope: dict[str, Any] = config.to_dict().get("rope_parameters") or {}
+    each = [rope] if "rope_type" in rope else [own for own in rope.values() if isinstance(own, dict)]
+    return {own["rope_type"] for own in each}
 
 
 def family_of(model_type: str) -> ModelFamily:
