@@ -138,6 +138,9 @@ def _steps() -> list[Tensor]:
         features, gate = new(8, 1, 32, 128), new(8, 1, 32, 128, dtype=FP32)
         state = LinearState(new(8, 32, 128, 128, dtype=FP32), new(8, 32, 128, dtype=FP32))
         gated_linear_attention(q, features, v, gate, state)
+        maps = [Map(new(32, 128, 128, dtype=FP32)) for _ in range(2)]
+        wide = LinearState(new(8, 32, 256, 128, dtype=FP32), new(8, 32, 256, dtype=FP32))
+        hedgehog_attention(q, k, v, *maps, log_gate_BTH=new(8, 1, 32, dtype=FP32), state=wide)
         one = new(8, 1, 8, dtype=FP32)
         gated_delta_rule(q, k, v, one, one, new(8, 8, 128, 128, dtype=FP32))
     return []
