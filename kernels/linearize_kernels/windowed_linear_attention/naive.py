@@ -86,7 +86,7 @@ def _row(
     y, window_den = num / den.where(den > 0, 1).unsqueeze(-1), den
     state = (seen + int(real), tail_k, tail_v, sink_k, sink_v, far_k)
     if far is None:
-        return y, window_den, *state
+        return y.to(v.dtype), window_den, *state
     brings, key, value = (position >= window + sinks, leaves, leaves_v) if far.left else (True, new_far, v)
     a = hedgehog_features(far_q, *far.query_map, far.feature_map, "query")
     c = hedgehog_features(key, *far.key_map, far.feature_map, "key") * (brings and real)
@@ -104,4 +104,4 @@ def _row(
         beside = window_den * near_H / far_H
         total = den + beside
         y = (num + y * beside.unsqueeze(-1)) / total.where(total > 0, 1).unsqueeze(-1)
-    return y, window_den, *state, s, z
+    return y.to(v.dtype), window_den, *state, s, z

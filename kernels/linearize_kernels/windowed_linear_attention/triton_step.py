@@ -30,8 +30,8 @@ from linearize_kernels.operations import operation, power
 from linearize_kernels.windowed_linear_attention.triton import LOG2_E, NOTHING, safe
 
 SMALLEST = tl.constexpr(1e-30)
-BLOCK = 4096
-"""Elements of a block of keys: 32 registers of a thread."""
+BLOCK = 2048
+"""Elements of a block of keys: 16 registers of a thread."""
 
 Optional = Tensor | None
 
