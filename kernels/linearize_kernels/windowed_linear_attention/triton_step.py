@@ -18,20 +18,18 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize_kernels.bound import Bound, forms, given, plan_for
+from linearize_kernels.configs import launch
 from linearize_kernels.hedgehog_attention.triton_step import (
     FORGOTTEN,
     load_turned,
     map_row,
     step_both_signs,
     tile_of,
-    warps_of,
 )
 from linearize_kernels.operations import operation, power
 from linearize_kernels.windowed_linear_attention.triton import LOG2_E, NOTHING, safe
 
 SMALLEST = tl.constexpr(1e-30)
-BLOCK = 2048
-"""Elements of a block of keys: 16 registers of a thread."""
 
 Optional = Tensor | None
 
@@ -226,15 +224,16 @@ def window_step_op(
         values, rows = v.shape[-1], batch * heads
         features = 0 if query_weight is None else query_weight.shape[-1]
         tile, sinks, metas = tile_of(rows, values), sink_k.shape[1], 0 if meta is None else meta.shape[1]
+        chosen = launch("window_step", v.dtype, max(power(width), power(values), power(max(1, features))), feature_map)
         constants: dict[str, Any] = {
             "H": heads, "G": k.shape[2], "width": width, "values": values, "features": features,
             "rotated": 0 if cos is None else cos.shape[-1], "sinks": sinks, "metas": metas, "K": power(width),
-            "F": power(max(1, features)), "TILE": tile, "C": max(16, min(64, BLOCK // max(power(width), tile))),
+            "F": power(max(1, features)), "TILE": tile, "C": chosen.chunk,
             "N": triton.next_power_of_2(max(1, sinks)), "M": triton.next_power_of_2(max(1, metas)),
             "MAP": "none" if query_weight is None else feature_map, "MASKED": mask is not None,
             "GATED": gate is not None, "WEIGHTED": near_weight is not None, "QUERY_BIAS": query_bias is not None,
             "KEY_BIAS": key_bias is not None, "NEAR_TURNED": near_turned, "FAR_TURNED": far_turned, "LEFT": left,
-            "FAR_TAIL": far_k.shape[1] > 0, "SEPARATE": separate, "num_warps": warps_of(max(1, features), tile),
+            "FAR_TAIL": far_k.shape[1] > 0, "SEPARATE": separate, "num_warps": chosen.warps,
         }  # fmt: skip
         strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2))]
         turns = [0 if x is None or x.shape[0] == 1 else x.stride(0) for x in (cos, sin)]
