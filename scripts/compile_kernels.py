@@ -34,14 +34,19 @@ from triton.runtime.jit import JITFunction
 from linearize_kernels import (
     Branch,
     Far,
+    FarStep,
     LinearState,
+    LocalState,
     Near,
+    NearStep,
     Sinks,
+    Token,
     backend,
     causal_convs,
     gated_linear_attention,
     hedgehog_attention,
     rotary,
+    window_step,
     windowed_linear_attention,
 )
 from linearize_kernels.distillation_loss import LossWeights, distillation_terms
@@ -138,9 +143,24 @@ def _steps() -> list[Tensor]:
         features, gate = new(8, 1, 32, 128), new(8, 1, 32, 128, dtype=FP32)
         state = LinearState(new(8, 32, 128, 128, dtype=FP32), new(8, 32, 128, dtype=FP32))
         gated_linear_attention(q, features, v, gate, state)
+        maps = [Map(new(32, 128, 128, dtype=FP32)) for _ in range(2)]
+        wide = LinearState(new(8, 32, 256, 128, dtype=FP32), new(8, 32, 256, dtype=FP32))
+        hedgehog_attention(q, k, v, *maps, log_gate_BTH=new(8, 1, 32, dtype=FP32), state=wide)
+        _window_steps(q, k, v, maps, wide)
         one = new(8, 1, 8, dtype=FP32)
         gated_delta_rule(q, k, v, one, one, new(8, 8, 128, 128, dtype=FP32))
     return []
+
+
+def _window_steps(q: Tensor, k: Tensor, v: Tensor, maps: list[Map], sums: LinearState) -> None:
+    """With all options; a second kernel by the same name would not be compiled."""
+    tails, sinks = [new(8, 64, 8, 128) for _ in range(3)], [new(8, 4, 8, 128) for _ in range(2)]
+    state = LocalState(torch.zeros(8, dtype=torch.int64), tails[0], tails[1], *sinks, tails[2])
+    angles, one = new(8, 1, 128), new(8, 1, 32, dtype=FP32)
+    token = Token(q, k, v, angles, angles, torch.ones(8, 1, dtype=torch.bool))
+    far = FarStep(maps[0], maps[1], sums, log_gate_B1H=one)
+    weights = (new(32, dtype=FP32), new(32, dtype=FP32))
+    window_step(token, NearStep(state, 0.1, True, new(32, 4, dtype=FP32)), far, weights)
 
 
 CASES: dict[str, Callable[[], list[Tensor]]] = {

@@ -7,20 +7,30 @@ from linearize_kernels.hedgehog_attention import hedgehog_attention
 from linearize_kernels.rotary import rotary
 from linearize_kernels.windowed_linear_attention import (
     Far,
+    FarStep,
+    LocalState,
     Near,
+    NearStep,
     Sinks,
+    Token,
     query_dtype,
+    steps_in_triton,
     window_attention,
+    window_step,
     windowed_linear_attention,
 )
 
 __all__ = [
     "Branch",
     "Far",
+    "FarStep",
     "LinearState",
+    "LocalState",
     "LossWeights",
     "Near",
+    "NearStep",
     "Sinks",
+    "Token",
     "causal_conv",
     "causal_convs",
     "distillation_terms",
@@ -29,6 +39,8 @@ __all__ = [
     "linear_sums",
     "query_dtype",
     "rotary",
+    "steps_in_triton",
     "window_attention",
+    "window_step",
     "windowed_linear_attention",
 ]

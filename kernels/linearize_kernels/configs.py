@@ -48,6 +48,8 @@ def default(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch
     """
     if kernel == "distillation_rows":
         return Launch(2048, 8, 2)  # not tuned yet: 16 bytes of bf16 a thread
+    if kernel == "window_step":
+        return Launch(64 if width <= 64 else 32, 8, 1)  # not tuned yet: few programs, which wait for memory
     if dtype != torch.bfloat16:
         return Launch(32 if width <= 64 else 16, 4 if width <= 64 else 8, 1)
     if kernel == "window_forward":

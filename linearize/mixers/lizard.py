@@ -23,6 +23,8 @@ from linearize.mixers.local import (
     Local,
     LocalRows,
     Read,
+    decode,
+    decodes,
     far_share,
     local_state,
     local_state_bytes,
@@ -30,7 +32,7 @@ from linearize.mixers.local import (
     where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
-from linearize_kernels import Far, LinearState, windowed_linear_attention
+from linearize_kernels import Far, FarStep, LinearState, windowed_linear_attention
 
 
 class LizardConfig(MixerConfig):
@@ -104,12 +106,29 @@ class Lizard(StudentMixer):
         return local_state_bytes(self.local, self.shapes, dtype) + linear
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        if state is not None and decodes(heads, state, self, self.features):
+            return self._step(heads, state)
         ordered, put_back, exact, far = self._branches(heads, state)
         y_BTHV, linear = windowed_linear_attention(
             exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights(),
             separate=self.config.published, last=heads.last,
         )  # fmt: skip
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
+
+    def _step(self, heads: HeadInputs, state: MixerState) -> tuple[Tensor, MixerState]:
+        """One token, which nobody differentiates."""
+        far = FarStep(
+            self.query_map.weights(),
+            self.key_map.weights(),
+            LinearState(*state[LOCAL_TENSORS:]),
+            self.config.normalisation,
+            self._log_gate(heads).expand(-1, -1, self.shapes.query_heads),
+            rotated=False,
+            left=not self.config.published,
+        )
+        rest = (self.meta_HM, far, self._weights())
+        branch, after = decode(heads, self.local, state, *rest, separate=self.config.published)
+        return branch.o_BTHV, after
 
     def _branches(self, heads: HeadInputs, state: MixerState | None) -> tuple[HeadInputs, PutBack, Read, Far]:
         before = local_state(state)

@@ -7,14 +7,29 @@ Legend in base.py; W window, S sinks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from linearize.mixers.base import HeadInputs, HeadShapes, MixerState
+from linearize.mixers.base import HeadInputs, HeadShapes, MixerState, StudentMixer
 from linearize.mixers.timeline import Timeline, find_sinks, positions, tail_of
-from linearize_kernels import Branch, Far, Near, Sinks, query_dtype, window_attention, windowed_linear_attention
+from linearize_kernels import (
+    Branch,
+    Far,
+    FarStep,
+    LocalState,
+    Near,
+    NearStep,
+    Sinks,
+    Token,
+    query_dtype,
+    steps_in_triton,
+    window_attention,
+    window_step,
+    windowed_linear_attention,
+)
 from linearize_kernels.gated_linear_attention import MIN_LOG_GATE
 
 SMALLEST = 1e-30
@@ -42,17 +57,6 @@ class Local:
         if self.rope and heads.rope is not None:
             return heads.rope.rotate_both(q_BTHK, k_BTGK, self.scaling, dtype or exact)
         return (q_BTHK.to(exact) * self.scaling).to(dtype or exact), k_BTGK.to(dtype or exact)
-
-
-class LocalState(NamedTuple):
-    """What decoding needs: W keys and values as the window reads them, and the sinks."""
-
-    seen_B: Tensor  # int64: real tokens so far
-    k_BWGK: Tensor
-    v_BWGV: Tensor
-    sink_k_BSGK: Tensor
-    sink_v_BSGV: Tensor
-    far_k_BWGK: Tensor  # the window's keys as the other branch wants them; of size 0 where they are the same
 
 
 LOCAL_TENSORS = len(LocalState._fields)
@@ -121,6 +125,35 @@ def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState 
         None if simple else timeline.position_BT >= window + local.sinks,
         delayed=fresh,
     )
+
+
+def decodes(heads: HeadInputs, state: MixerState, mixer: StudentMixer, features: int = 0) -> bool:
+    """Whether these heads are one token a row that `decode` takes; `features` per sign of the linear branch."""
+    if heads.q_BTHK.shape[1] != 1 or heads.segments_BT is not None:
+        return False
+    read = chain((heads.x_BTD, heads.q_BTHK, heads.k_BTGK, heads.v_BTGV), state, mixer.parameters())
+    return steps_in_triton(heads.q_BTHK, heads.v_BTGV, features, read)
+
+
+def decode(
+    heads: HeadInputs,
+    local: Local,
+    state: MixerState,
+    meta_HL: Tensor | None = None,
+    far: FarStep | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
+    *,
+    separate: bool = False,
+) -> tuple[Branch, MixerState]:
+    """One token after `LocalState` (the first tensors of `state`), in one launch; the new state ends with `far`'s."""
+    before = local_state(state)
+    assert before is not None
+    rope = heads.rope
+    cos, sin = (None, None) if rope is None else (rope.cos_BTR, rope.sin_BTR)
+    token = Token(heads.q_BTHK, heads.k_BTGK, heads.v_BTGV, cos, sin, heads.mask_BT)
+    near = NearStep(before, local.scaling, local.rope, meta_HL)
+    found, exact, linear = window_step(token, near, far, weights, separate=separate)
+    return found, (*exact, *(linear or ()))
 
 
 def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: tuple[Tensor, Tensor] | None) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import normalised
-from linearize.mixers.local import Local, LocalRows, local_state, local_state_bytes, read
+from linearize.mixers.local import Local, LocalRows, decode, decodes, local_state, local_state_bytes, read
 from linearize.mixers.timeline import begin
 
 
@@ -42,6 +42,9 @@ class Swa(StudentMixer):
         return local_state_bytes(self.local, self.shapes, dtype)
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        if state is not None and decodes(heads, state, self):
+            branch, after = decode(heads, self.local, state)
+            return branch.o_BTHV, after
         before = local_state(state)
         heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
         exact = read(heads, timeline, self.local, before)

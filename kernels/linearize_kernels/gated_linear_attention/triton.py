@@ -69,6 +69,13 @@ def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
                  SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """u = x W + b in fp32, and the features of u and, where SIGNS = 2, of -u."""
     u = tl.dot(x, weight, input_precision=PRECISION) + bias[None, :]
+    p, n = signed_features(u, real, features, MAP, QUERY, F, SIGNS)
+    return u, p.to(x.dtype), n.to(x.dtype)
+
+
+@triton.jit
+def signed_features(u, real, features, MAP: tl.constexpr, QUERY: tl.constexpr, F: tl.constexpr, SIGNS: tl.constexpr):
+    """Features [C, F] of u and, where SIGNS = 2, of -u, in fp32; 0 in the padding, and for keys that are not `real`."""
     plus = u
     minus = -u
     inside = tl.full((1, F), True, tl.int1)
@@ -103,7 +110,7 @@ def hedgehog_map(x, weight, bias, real, features, MAP: tl.constexpr, QUERY: tl.c
     if not QUERY:
         p = tl.where(real[:, None], p, 0.0)
         n = tl.where(real[:, None], n, 0.0)
-    return u, p.to(x.dtype), n.to(x.dtype)
+    return p, n
 
 
 @triton.jit

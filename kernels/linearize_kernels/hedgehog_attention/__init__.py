@@ -65,6 +65,12 @@ def hedgehog_attention(
     """
     widths = (q_BTHK.shape[-1], 2 * query_map.weight_HKF.shape[-1], v_BTGV.shape[-1])
     decodes = q_BTHK.shape[1] == 1 and state is not None
+    if state is not None and decodes and not delay and not skip:
+        o, den = (None, None) if other is None else other
+        given = (q_BTHK, k_BTGK, v_BTGV, log_gate_BTH, *query_map, *key_map, o, den, *state)
+        if not differentiated(*given) and uses_triton("hedgehog_attention", v_BTGV, *widths):
+            heads = (q_BTHK, k_BTGK, v_BTGV, log_gate_BTH, mask_BT)
+            return _step(*heads, query_map, key_map, other, state, feature_map)
     if not decodes and uses_triton("hedgehog_attention", v_BTGV, *widths):
         return _walk(
             q_BTHK, k_BTGK, v_BTGV, query_map, key_map, feature_map, log_gate_BTH, state, segments_BT, mask_BT, other,
@@ -80,6 +86,29 @@ def hedgehog_attention(
     if mask_BT is not None:
         k_BTHF = k_BTHF * mask_BT[:, :, None, None]
     return gated_linear_attention(q_BTHF, k_BTHF, v_BTGV, log_gate_BTH, state, segments_BT, other=other)
+
+
+def differentiated(*given: Tensor | None) -> bool:
+    """Whether anybody differentiates; steps have no backward."""
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+
+
+def _step(
+    q_B1HK: Tensor, k_B1GK: Tensor, v_B1GV: Tensor, log_gate_B1H: Tensor | None, mask_B1: Tensor | None,
+    query_map: Map, key_map: Map, other: Branch | None, state: LinearState, feature_map: FeatureMap,
+) -> tuple[Tensor, LinearState]:  # fmt: skip
+    """One token after a state, in one launch."""
+    from linearize_kernels.hedgehog_attention.triton_step import hedgehog_step_op
+
+    y, s, z = hedgehog_step_op(
+        unit(q_B1HK), unit(k_B1GK), unit(v_B1GV), log_gate_B1H, mask_B1,
+        query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
+        contiguous(query_map.bias_HF), contiguous(key_map.bias_HF),
+        None if other is None else other.o_BTHV.contiguous(),
+        None if other is None else other.den_BTH.float().contiguous(),
+        state.s_BJFV.float().contiguous(), state.z_BJF.float().contiguous(), feature_map,
+    )  # fmt: skip
+    return y, LinearState(s, z)
 
 
 def _walk(

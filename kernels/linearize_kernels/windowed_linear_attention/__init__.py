@@ -20,14 +20,28 @@ from linearize_kernels.backend import uses_triton
 from linearize_kernels.gated_linear_attention import Branch, LinearState, contiguous, unit
 from linearize_kernels.hedgehog_attention import FeatureMap, Map, hedgehog_attention
 from linearize_kernels.windowed_linear_attention.chunk import Sinks, WindowSums, window_sums
+from linearize_kernels.windowed_linear_attention.step import (
+    FarStep,
+    LocalState,
+    NearStep,
+    Token,
+    steps_in_triton,
+    window_step,
+)
 
 __all__ = [
     "Far",
+    "FarStep",
+    "LocalState",
     "Near",
+    "NearStep",
     "Sinks",
+    "Token",
     "WindowSums",
     "query_dtype",
+    "steps_in_triton",
     "window_attention",
+    "window_step",
     "window_sums",
     "windowed_linear_attention",
 ]

@@ -1,11 +1,15 @@
-"""The definition of the window's sums; for tests. Legend in __init__.py."""
+"""The definitions of the window's sums and of a decoding step; for tests. Legend in __init__.py."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from linearize_kernels.gated_linear_attention import LinearState
+from linearize_kernels.hedgehog_attention import hedgehog_features
+from linearize_kernels.rotary import rotary
 from linearize_kernels.windowed_linear_attention.chunk import Sinks, WindowSums
+from linearize_kernels.windowed_linear_attention.step import FarStep, LocalState, NearStep, Token
 
 
 def naive_window_sums(
@@ -36,3 +40,68 @@ def naive_window_sums(
                 weight = (score - score.max()).exp()
                 num[b, t, h], den[b, t, h] = weight @ torch.stack(values), weight.sum()
     return WindowSums(num, den, top)
+
+
+def naive_window_step(
+    token: Token,
+    near: NearStep,
+    far: FarStep | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
+    *,
+    separate: bool = False,
+) -> tuple[Tensor, Tensor, LocalState, LinearState | None]:
+    """The definition, one row at a time; for tests. y, the window's denominator, and the states."""
+    rows = [_row(token, near, far, weights, separate, slice(b, b + 1)) for b in range(token.q_B1HK.shape[0])]
+    y, den, *state = (torch.cat(parts) for parts in zip(*rows, strict=True))
+    return y, den, LocalState(*state[:6]), None if far is None else LinearState(*state[6:])
+
+
+def _row(
+    token: Token, near: NearStep, far: FarStep | None, weights: tuple[Tensor, Tensor] | None, separate: bool, b: slice
+) -> tuple[Tensor, ...]:
+    q, k, v, cos, sin, mask = (x if x is None or x.shape[0] == 1 else x[b] for x in token)
+    assert q is not None
+    assert k is not None
+    assert v is not None
+    seen, tail_k, tail_v, sink_k, sink_v, far_k = (x[b] for x in near.state)
+    real, position, window, sinks = mask is None or bool(mask), int(seen), tail_k.shape[1], sink_k.shape[1]
+    turned = (q, k) if cos is None or sin is None else rotary(q, k, cos, sin)
+    near_q, near_k = turned if near.rotated else (q, k)
+    far_q, new_far = turned if far is not None and far.rotated else (q, k)
+    leaves = tail_k[:, :1] if far_k.shape[1] == 0 else far_k[:, :1]
+    leaves_v = tail_v[:, :1]
+    sums = WindowSums(v.new_zeros(1, 1, q.shape[2], v.shape[-1]), q.new_zeros(q.shape[:3]), q.new_zeros(q.shape[:3]))
+    old = Sinks(sink_k[:, None], sink_v[:, None])
+    if real:
+        tail_k, tail_v = torch.cat([tail_k, near_k], 1)[:, 1:], torch.cat([tail_v, v], 1)[:, 1:]
+        far_k = torch.cat([far_k, new_far], 1)[:, 1:] if far_k.shape[1] else far_k
+        sums = naive_window_sums(near_q * near.scale, tail_k, tail_v, seen[:, None], window, old)
+        place = torch.arange(sinks, device=v.device) == position
+        sink_k, sink_v = (torch.where(place[:, None, None], new, x) for new, x in ((near_k, sink_k), (v, sink_v)))
+    num, den = sums.num_BTHV, sums.den_BTH
+    if near.meta_HL is not None:
+        top = torch.maximum(sums.max_BTH.where(den > 0, -torch.inf), near.meta_HL.amax(-1))
+        kept = (sums.max_BTH - top).exp().where(den > 0, 0)
+        num, den = num * kept.unsqueeze(-1), den * kept + (near.meta_HL - top.unsqueeze(-1)).exp().sum(-1)
+    y, window_den = num / den.where(den > 0, 1).unsqueeze(-1), den
+    state = (seen + int(real), tail_k, tail_v, sink_k, sink_v, far_k)
+    if far is None:
+        return y.to(v.dtype), window_den, *state
+    brings, key, value = (position >= window + sinks, leaves, leaves_v) if far.left else (True, new_far, v)
+    a = hedgehog_features(far_q, *far.query_map, far.feature_map, "query")
+    c = hedgehog_features(key, *far.key_map, far.feature_map, "key") * (brings and real)
+    value = value.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
+    s, z = (x[b] for x in far.state)
+    if far.log_gate_B1H is not None:
+        keep_BH1 = far.log_gate_B1H[b, 0].exp().unsqueeze(-1)
+        s, z = s * keep_BH1.unsqueeze(-1), z * keep_BH1
+    s, z = s + c[:, 0].unsqueeze(-1) * value[:, 0].unsqueeze(-2), z + c[:, 0]
+    num, den = (a[:, 0].unsqueeze(-2) @ s).transpose(1, 2), (a[:, 0] * z).sum(-1)[:, None]
+    near_H, far_H = weights or (den.new_ones(1), den.new_ones(1))
+    if separate:
+        y = near_H.unsqueeze(-1) * y + far_H.unsqueeze(-1) * num / den.where(den > 0, 1).unsqueeze(-1)
+    else:
+        beside = window_den * near_H / far_H
+        total = den + beside
+        y = (num + y * beside.unsqueeze(-1)) / total.where(total > 0, 1).unsqueeze(-1)
+    return y.to(v.dtype), window_den, *state, s, z

@@ -1,0 +1,113 @@
+"""One decoding step: a token after a state of tails, sinks and sums. Legend in __init__.py.
+
+In Triton it is one launch. Elsewhere, and where anybody differentiates, the operations on whole sequences do the same
+with the tail put before the token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linearize_kernels.backend import uses_triton
+from linearize_kernels.gated_linear_attention import Branch, LinearState, contiguous, unit
+from linearize_kernels.hedgehog_attention import FeatureMap, Map
+
+
+class LocalState(NamedTuple):
+    """What decoding needs: W keys and values as the window reads them, and the sinks."""
+
+    seen_B: Tensor  # int64: real tokens so far
+    k_BWGK: Tensor
+    v_BWGV: Tensor
+    sink_k_BSGK: Tensor
+    sink_v_BSGV: Tensor
+    far_k_BWGK: Tensor  # the window's keys as the other branch wants them; of size 0 where they are the same
+
+
+class Token(NamedTuple):
+    """One token a row; query and key before rotation and scaling."""
+
+    q_B1HK: Tensor
+    k_B1GK: Tensor
+    v_B1GV: Tensor
+    cos_B1R: Tensor | None = None  # B or 1; None = nothing is rotated
+    sin_B1R: Tensor | None = None
+    mask_B1: Tensor | None = None  # False: padding, which changes no state
+
+
+class NearStep(NamedTuple):
+    """The window: its state, what scores are multiplied with, and whether it reads rotated queries and keys."""
+
+    state: LocalState
+    scale: float
+    rotated: bool
+    meta_HL: Tensor | None = None
+
+
+class FarStep(NamedTuple):
+    """The linear branch beside it. `left`: the key that leaves the window enters, if no sink keeps it, and not the
+    token's own.
+    """
+
+    query_map: Map
+    key_map: Map
+    state: LinearState
+    feature_map: FeatureMap = "softmax"
+    log_gate_B1H: Tensor | None = None
+    rotated: bool = False
+    left: bool = True
+
+
+def steps_in_triton(q_BTHK: Tensor, v_BTGV: Tensor, features: int, read: Iterable[Tensor]) -> bool:
+    """Whether `window_step` may run on such a token.
+
+    Args:
+        features: per sign; 0 without a linear branch.
+        read: all that the step reads and somebody may differentiate.
+    """
+    if q_BTHK.shape[1] != 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in read)):
+        return False
+    return uses_triton("window_step", v_BTGV, q_BTHK.shape[-1], v_BTGV.shape[-1], 2 * features)
+
+
+def window_step(
+    token: Token,
+    near: NearStep,
+    far: FarStep | None = None,
+    weights: tuple[Tensor, Tensor] | None = None,
+    *,
+    separate: bool = False,
+) -> tuple[Branch, LocalState, LinearState | None]:
+    """Both branches of one token in one launch, as `windowed_linear_attention` has them; without `far`, the window.
+
+    Args:
+        weights: of the window and of the linear branch, [H] each; None = 1.
+        separate: each branch has its own denominator.
+
+    Returns:
+        y [B, 1, H, V] in the dtype of v with the window's denominator, relative to the largest score, and both states
+        after the token, in memory of their own.
+    """
+    from linearize_kernels.windowed_linear_attention.triton_step import window_step_op
+
+    turned = [None if x is None else unit(x) for x in (token.cos_B1R, token.sin_B1R)]
+    maps: list[Tensor | None] = [None] * 4
+    sums: list[Tensor | None] = [None] * 2
+    gate, form = None, "none"
+    if far is not None:
+        (query_weight, query_bias), (key_weight, key_bias) = far.query_map, far.key_map
+        maps = [contiguous(x) for x in (query_weight, key_weight, query_bias, key_bias)]
+        gate, form = far.log_gate_B1H, far.feature_map
+        sums = [x.float().contiguous() for x in far.state]
+    y, den, *state, s, z = window_step_op(
+        unit(token.q_B1HK), unit(token.k_B1GK), unit(token.v_B1GV), *turned, token.mask_B1,
+        *(x.contiguous() for x in near.state), contiguous(near.meta_HL), *maps, gate,
+        *((None, None) if weights is None else (x.contiguous() for x in weights)), *sums,
+        form, near.scale, near.rotated and turned[0] is not None,
+        far is not None and far.rotated and turned[0] is not None, far is not None and far.left, separate,
+    )  # fmt: skip
+    return Branch(y, den), LocalState(*state), None if far is None else LinearState(s, z)
