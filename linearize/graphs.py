@@ -36,7 +36,7 @@ what runs beside it, such as an evaluation, needs memory too."""
 MASKED = 4096
 """Tokens up to which rows of one document get a mask like others, to be the same work. Longer rows are launched as they
 come: a mask is T x T, and softmax's fastest kernels take none. On an H100 a graph of a SmolLM2-sized teacher, masked,
-took 14.6 ms for 4K tokens and 38.2 for 8K; launched without a mask it took 19.2 and 20.6.
+took 14.6 ms for 4K tokens and 38.1 for 8K; launched without a mask it took 19.3 and 20.5.
 """
 
 WATCHING = {"dynamic", "longrope"}
