@@ -212,6 +212,10 @@ def _train(grafted: Graft, training: _Training, evaluate: Callable[[], dict[str,
 def _recordable(recipe: Recipe, index: int, grafted: Graft, training: _Training) -> bool:
     """Whether the stage's micro-batches can be recorded as CUDA graphs; says why not, where there is a GPU for them."""
     why = obstacle(recipe.stages[index], grafted)
+    if not why and training.split != "data":
+        why = "what other processes do within a step cannot be recorded"
+    if not why and training.job.profile:
+        why = "a profile wants to see the parts of a step"
     if why and training.machine.device.type == "cuda":
         training.console.print(f"Stage {index} runs without CUDA graphs: {why}.", highlight=False, markup=False)
     return not why

@@ -1,4 +1,4 @@
-"""What a replay of micro-batches keeps in order, without a GPU: gradients, shapes, memory, and what cannot be recorded.
+"""What a replay of micro-batches keeps in order, without a GPU: gradients, shapes, memory, whole stages.
 
 The stand-in for a CUDA graph knows addresses only, as a graph does: recording computes nothing, and a replay does the
 work again on the tensors it was recorded with, whatever `.grad` is by then.
@@ -17,16 +17,15 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny_families import SPECIAL, tiny_teacher
+from tiny_families import tiny_teacher
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from linearize import graphs
 from linearize import train as train_module
 from linearize.adapters import LoraSettings
 from linearize.checkpoint import Checkpoint, list_checkpoints, load_latest
 from linearize.errors import RunError
-from linearize.graphs import Launched, Replayed, obstacle
+from linearize.graphs import Launched, Replayed
 from linearize.metrics import MetricsLog, Progress, read_metrics
 from linearize.recipe import load_recipe
 from linearize.runs import FitSettings, Run
@@ -320,77 +319,3 @@ def test_a_failed_recording_names_its_cause(model: Model, monkeypatch: pytest.Mo
     with pytest.raises(RunError, match="graph: operation not permitted when stream is capturing. Go on") as caught:
         run(batch(2))
     assert "--no-graphs" in str(caught.value)
-
-
-HOST = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "lift_fresh"}
-"""Operations that would wait for the GPU, and the making of tensors of the host's numbers, which are copied to it."""
-
-
-class HostReads(TorchDispatchMode):
-    """Operations whose results the host looks at, and numbers it hands over: none of it can be recorded."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: set[str] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.found |= HOST & {func._schema.name.removeprefix("aten::")}
-        return func(*args, **(kwargs or {}))
-
-
-def host_reads(stage_config: StageConfig, recipe: str, family: str, **sizes: Any) -> tuple[str, set[str]]:
-    """The obstacle to recording such a stage's micro-batches, and what in the third one could not be recorded."""
-    teacher = tiny_teacher(family, **sizes)
-    grafted = graft(teacher, plan_surgery(teacher, load_recipe(recipe).mixer))
-    stage = build_stage(stage_config, grafted)
-    for parameter in stage.trainable().values():
-        parameter.requires_grad_(True)
-    place_BT = torch.arange(24).expand(2, -1)
-    made = Batch(batch(0, 24).input_ids_BT, place_BT % 12, place_BT // 12, place_BT % 12 < 11)
-    for _ in range(graphs.RUNS_BEFORE):
-        stage.train_micro_batch(made, lambda loss: loss.backward())
-    with HostReads() as mode:
-        stage.train_micro_batch(made, lambda loss: loss.backward())
-    return obstacle(stage_config, grafted), mode.found
-
-
-NOT_RECORDED = {"mixtral", "qwen3_moe", "qwen2", "qwen3", "gemma2", "gemma3_text"}
-"""Experts, and layers that slide over a window."""
-
-STAGES: dict[str, StageConfig] = {
-    "transfer": TransferConfig(tokens=1),
-    "hidden": TransferConfig(tokens=1, objective={"mse": 1.0, "hidden": 1.0}),
-    "distil": DistilConfig(tokens=1, kl=0.5, ce=0.5),
-    "top_k": DistilConfig(tokens=1, top_k=5, train=("mixer",)),
-}
-
-
-@pytest.mark.parametrize("family", SPECIAL)
-@pytest.mark.parametrize("stage", ["transfer", "distil"])
-def test_what_is_recorded_asks_nothing_of_the_host(stage: str, family: str) -> None:
-    why, found = host_reads(STAGES[stage], "hedgehog", family)
-    assert why or not found
-    assert bool(why) == (family in NOT_RECORDED)
-
-
-@pytest.mark.parametrize("recipe", ["lawcat", "lizard", "lolcats", "gdn", "mamba2-mimic", "mmmamba"])
-@pytest.mark.parametrize("stage", ["hidden", "top_k"])
-def test_mixers_ask_nothing_of_the_host(stage: str, recipe: str) -> None:
-    assert host_reads(STAGES[stage], recipe, "llama") == ("", set())
-
-
-ROPES: dict[str, dict[str, Any]] = {
-    "linear": {"factor": 2.0},
-    "yarn": {"factor": 2.0, "original_max_position_embeddings": 256},
-    "dynamic": {"factor": 2.0},
-    "longrope": {"factor": 2.0, "original_max_position_embeddings": 256, "short_factor": [1.0] * 8}
-    | {"long_factor": [2.0] * 8},
-}
-
-
-@pytest.mark.parametrize("kind", ROPES)
-def test_angles_that_follow_the_positions_are_not_recorded(kind: str) -> None:
-    rope = {"rope_type": kind, "rope_theta": 10000.0, **ROPES[kind]}
-    why, found = host_reads(STAGES["transfer"], "hedgehog", "llama", rope_parameters=rope)
-    assert ("turn" in why) == (kind in graphs.WATCHING)
-    assert why or not found
