@@ -19,6 +19,8 @@ from linearize.mixers.local import (
     Local,
     LocalRows,
     decayed_rows,
+    decode,
+    decodes,
     divide,
     local_state,
     local_state_bytes,
@@ -65,18 +67,27 @@ class Liger(StudentMixer):
         return local_state_bytes(self.local, self.shapes, dtype) + linear
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
+        if state is not None and decodes(heads, state, self):
+            branch, after = decode(heads, self.local, state)
+            far_BTHV, linear = self._far(heads, state)
+            return self._mixed(branch.o_BTHV, far_BTHV).to(heads.v_BTGV.dtype), (*after, *linear)
         before = local_state(state)
         heads, timeline, put_back = begin(heads, None if before is None else before.seen_B)
         exact = read(heads, timeline, self.local, before)
-        q_BTHK, k_BTGK, log_gate_BTGK = self._features(heads)
-        linear_state = None if state is None else LinearState(*state[LOCAL_TENSORS:])
-        num_BTHV, den_BTH, linear = linear_sums(
-            q_BTHK, k_BTGK, heads.v_BTGV, log_gate_BTGK, linear_state, heads.segments_BT
-        )
-        far_BTHV = divide(num_BTHV, den_BTH) if self.config.normaliser else num_BTHV
-        near, far = self._weights()
-        y_BTHV = near * exact.attend().o_BTHV + far * far_BTHV
+        far_BTHV, linear = self._far(heads, state)
+        y_BTHV = self._mixed(exact.attend().o_BTHV, far_BTHV)
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
+
+    def _far(self, heads: HeadInputs, state: MixerState | None) -> tuple[Tensor, LinearState]:
+        """The linear branch's output and its state."""
+        before = None if state is None else LinearState(*state[LOCAL_TENSORS:])
+        q_BTHK, k_BTGK, log_gate_BTGK = self._features(heads)
+        num_BTHV, den_BTH, after = linear_sums(q_BTHK, k_BTGK, heads.v_BTGV, log_gate_BTGK, before, heads.segments_BT)
+        return divide(num_BTHV, den_BTH) if self.config.normaliser else num_BTHV, after
+
+    def _mixed(self, near_BTHV: Tensor, far_BTHV: Tensor) -> Tensor:
+        near, far = self._weights()
+        return near * near_BTHV + far * far_BTHV
 
     def _weights(self) -> tuple[float, float]:
         """Of the window and of the linear branch; one has all where the other is silenced."""
