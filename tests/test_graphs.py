@@ -23,7 +23,7 @@ from linearize.stages.forcing import StudentForcing
 from linearize.stages.transfer import TransferConfig
 from linearize.stages.watch import StopConfig, WatchConfig
 from linearize.streaming import stream_layers
-from linearize.surgery import Graft, graft, plan_surgery
+from linearize.surgery import Graft, graft, plan_surgery, with_frozen_teacher
 from linearize.train import fit
 
 MakeTeacher = Callable[..., PreTrainedModel]
@@ -49,10 +49,11 @@ def batches(count: int, numbered: bool) -> list[Batch]:
     return made
 
 
-def train(
-    out: Path, grafted: Graft, config: StageConfig, graphs: bool
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Weights and metrics of one stage."""
+Trained = tuple[dict[str, Tensor], list[dict[str, Any]]]
+"""Weights and metrics of one stage."""
+
+
+def train(out: Path, grafted: Graft, config: StageConfig, graphs: bool) -> Trained:
     grafted.model.requires_grad_(False)
     torch.manual_seed(5)
     stage = build_stage(config, grafted)
@@ -98,12 +99,41 @@ def test_replayed_equals_launched(
     )
     found = [train(tmp_path / str(graphs), new_graft(recipe), config, graphs) for graphs in (False, True)]
     assert "recorded a CUDA graph" in caplog.text
-    (launched, before), (replayed, after) = found
-    assert len(before) == STEPS
-    for one, two in zip(before, after, strict=True):
-        assert one == pytest.approx(two, rel=1e-4)
-    for name, weight in launched.items():
-        torch.testing.assert_close(weight, replayed[name], rtol=1e-3, atol=1e-4)
+    assert_same(*found)
+
+
+OTHERS = {
+    "qkv and o, hidden states": TransferConfig(**BUDGET, train=("mixer", "qkv", "o"), objective={"hidden": 1.0}),
+    "all weights": DistilConfig(**BUDGET, train=("all",)),
+    "qkv and norms": DistilConfig(**BUDGET, train=("mixer", "qkv", "norms")),
+    "the likeliest tokens": DistilConfig(**BUDGET, top_k=8, lora=LORA),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=gpu) for name in OTHERS])
+def test_other_parts_and_losses_are_recorded_too(
+    tmp_path: Path, new_graft: Callable[[str], Graft], name: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "linearize.graphs")
+    config, found = OTHERS[name], []
+    for graphs in (False, True):
+        grafted = new_graft("hedgehog")
+        found.append(
+            train(
+                tmp_path / str(graphs), with_frozen_teacher(grafted) if config.trains_base else grafted, config, graphs
+            )
+        )
+    assert "recorded a CUDA graph" in caplog.text
+    assert_same(*found)
+
+
+def assert_same(launched: Trained, replayed: Trained) -> None:
+    (before, ones), (after, others) = launched, replayed
+    assert len(ones) == STEPS
+    for one, other in zip(ones, others, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    for name, weight in before.items():
+        torch.testing.assert_close(weight, after[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("recipe", [pytest.param(name, marks=gpu) for name in ("hedgehog", "lizard", "gdn")])
