@@ -122,11 +122,16 @@ class Lizard(StudentMixer):
             self.key_map.weights(),
             LinearState(*state[LOCAL_TENSORS:]),
             self.config.normalisation,
-            self._log_gate(heads).expand(-1, -1, self.shapes.query_heads),
+            self._gate_logits(heads).expand(-1, -1, self.shapes.query_heads),
             rotated=False,
             left=not self.config.published,
         )
-        rest = (self.meta_HM, far, self._weights())
+        weights: tuple[Tensor | None, Tensor | None] = (None, self.mix_H.exp())  # a launch less than with ones
+        if self.config.published:
+            weights = (self.mix_H, None)
+        if not (self.window_branch and self.linear_branch):
+            weights = self._weights()
+        rest = (self.meta_HM, far, weights)
         branch, after = decode(heads, self.local, state, *rest, separate=self.config.published)
         return branch.o_BTHV, after
 
@@ -162,9 +167,14 @@ class Lizard(StudentMixer):
         near_H, far_H = (self.mix_H, one_H) if self.config.published else (one_H, self.mix_H.exp())
         return near_H if self.window_branch else 0 * near_H, far_H if self.linear_branch else 0 * far_H
 
+    def _gate_logits(self, heads: HeadInputs) -> Tensor:
+        """[B, T, 1 or H]."""
+        logits: Tensor = self.gate(heads.x_BTD.to(self.gate.weight.dtype))
+        return logits
+
     def _log_gate(self, heads: HeadInputs) -> Tensor:
         """[B, T, 1 or H]; 0 for padding."""
-        log_gate = F.logsigmoid(self.gate(heads.x_BTD.to(self.gate.weight.dtype)))
+        log_gate = F.logsigmoid(self._gate_logits(heads))
         return log_gate if heads.mask_BT is None else log_gate * heads.mask_BT.unsqueeze(-1)
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:

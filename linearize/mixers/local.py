@@ -141,7 +141,7 @@ def decode(
     state: MixerState,
     meta_HL: Tensor | None = None,
     far: FarStep | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     separate: bool = False,
 ) -> tuple[Branch, MixerState]:

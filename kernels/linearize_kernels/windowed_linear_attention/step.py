@@ -57,7 +57,7 @@ class FarStep(NamedTuple):
     key_map: Map
     state: LinearState
     feature_map: FeatureMap = "softmax"
-    log_gate_B1H: Tensor | None = None
+    gate_B1H: Tensor | None = None  # logits: the state is multiplied with their sigmoid before the key enters
     rotated: bool = False
     left: bool = True
 
@@ -78,7 +78,7 @@ def window_step(
     token: Token,
     near: NearStep,
     far: FarStep | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     separate: bool = False,
 ) -> tuple[Branch, LocalState, LinearState | None]:
@@ -101,12 +101,12 @@ def window_step(
     if far is not None:
         (query_weight, query_bias), (key_weight, key_bias) = far.query_map, far.key_map
         maps = [contiguous(x) for x in (query_weight, key_weight, query_bias, key_bias)]
-        gate, form = far.log_gate_B1H, far.feature_map
+        gate, form = far.gate_B1H, far.feature_map
         sums = [x.float().contiguous() for x in far.state]
     y, den, *state, s, z = window_step_op(
         unit(token.q_B1HK), unit(token.k_B1GK), unit(token.v_B1GV), *turned, token.mask_B1,
         *(x.contiguous() for x in near.state), contiguous(near.meta_HL), *maps, gate,
-        *((None, None) if weights is None else (x.contiguous() for x in weights)), *sums,
+        *(contiguous(x) for x in weights), *sums,
         form, near.scale, near.rotated and turned[0] is not None,
         far is not None and far.rotated and turned[0] is not None, far is not None and far.left, separate,
     )  # fmt: skip
