@@ -145,7 +145,8 @@ def _steps(width: int) -> list[Tensor]:
         gated_linear_attention(q, features, v, gate, state)
         maps = [Map(new(32, width, width, dtype=FP32)) for _ in range(2)]
         signed = LinearState(new(8, 32, 2 * width, width, dtype=FP32), new(8, 32, 2 * width, dtype=FP32))
-        hedgehog_attention(q, k, v, *maps, log_gate_BTH=new(8, 1, 32, dtype=FP32), state=signed)
+        turned = (new(8, 1, width), new(8, 1, width))
+        hedgehog_attention(q, k, v, *maps, log_gate_BTH=new(8, 1, 32, dtype=FP32), state=signed, angles=turned)
         _window_step(q, k, v, maps, signed)
         one = new(8, 1, 8, dtype=FP32)
         gated_delta_rule(q, k, v, one, one, new(8, 8, width, width, dtype=FP32))

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from linearize.mixers import HeadInputs, Rope
+from linearize.mixers.base import silenced
 from linearize_kernels import (
     Branch,
     FarStep,
@@ -215,7 +216,7 @@ def test_window(
 
 
 MIXERS = ("lizard-small", "lizard-published-small", "lolcats-small", "swa-small", "hedgehog-bias")
-STEP = {"hedgehog-bias": ["rotate_heads", "hedgehog_step"]}
+STEP = {"hedgehog-bias": "hedgehog_step"}
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -242,8 +243,25 @@ def test_mixers_token_by_token(case: str, masked: bool, launched: list[str], mon
                 assert torch.isfinite(y).all()
                 found.append(y * heads.mask_BT[:, t, None, None, None].to(DEVICE) if masked else y)
         results.append([torch.cat(found, 1).double(), *(x.double() for x in end)])
-    assert launched == STEP.get(case, ["window_step"]) * (length - start)
+    assert launched == [STEP.get(case, "window_step")] * (length - start)
     check([[x for x in found if x.numel()] for found in results], torch.float32)
+
+
+@pytest.mark.parametrize("branch", ["linear", "window"])
+@pytest.mark.parametrize("case", ["lizard-small", "lizard-published-small", "lolcats-small"])
+def test_a_silenced_branch_is_silent(
+    case: str, branch: Any, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mixer, heads = mixer_of(case, dtype=torch.float32).to(DEVICE), moved(heads_of(13, dtype=torch.float32, batch=1))
+    found = []
+    with torch.no_grad(), silenced([mixer], branch):
+        for backend in ("torch", "triton"):
+            monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
+            _, state = mixer(cut(heads, slice(12)))
+            monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+            found.append(mixer(cut(heads, slice(12, 13)), state)[0])
+    assert launched == ["window_step"]
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 
 def moved(heads: HeadInputs) -> HeadInputs:

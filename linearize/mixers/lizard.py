@@ -126,12 +126,9 @@ class Lizard(StudentMixer):
             rotated=False,
             left=not self.config.published,
         )
-        weights: tuple[Tensor | None, Tensor | None] = (None, self.mix_H.exp())  # a launch less than with ones
-        if self.config.published:
-            weights = (self.mix_H, None)
-        if not (self.window_branch and self.linear_branch):
-            weights = self._weights()
-        rest = (self.meta_HM, far, weights)
+        learned = (self.mix_H, None) if self.config.published else (None, self.mix_H.exp())
+        both = self.window_branch and self.linear_branch
+        rest = (self.meta_HM, far, learned if both else self._weights())
         branch, after = decode(heads, self.local, state, *rest, separate=self.config.published)
         return branch.o_BTHV, after
 

@@ -95,7 +95,9 @@ class Lolcats(StudentMixer):
             self.config.normalisation,
             rotated=True,
         )
-        branch, after = decode(heads, self.local, state, None, far, self._weights())
+        one = self.window_branch and self.linear_branch and not self.config.affine
+        weights = (self.window_factor_H.sigmoid(), None) if one else self._weights()
+        branch, after = decode(heads, self.local, state, None, far, weights)
         return branch.o_BTHV, after
 
     def _branches(self, heads: HeadInputs, state: MixerState | None) -> tuple[HeadInputs, PutBack, Read, Far]:

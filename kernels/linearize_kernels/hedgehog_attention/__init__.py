@@ -24,6 +24,7 @@ from linearize_kernels.gated_linear_attention import (
     unit,
 )
 from linearize_kernels.hedgehog_attention.maps import FeatureMap, Map, hedgehog_features, map_heads
+from linearize_kernels.rotary import rotary
 
 __all__ = ["FeatureMap", "Map", "hedgehog_attention", "hedgehog_features", "map_heads"]
 
@@ -44,6 +45,7 @@ def hedgehog_attention(
     delay: int = 0,
     skip: int = 0,
     last: bool = False,
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, LinearState]:
     """Causal, in linear time; memory of the size of the inputs.
 
@@ -59,6 +61,7 @@ def hedgehog_attention(
         delay: token t brings the key and value of row t - delay; the first `delay` tokens bring none.
         skip: rows at the start that never come.
         last: nobody reads the state that comes back; it may be anything.
+        angles: cosines and sines [B or 1, T, R] that queries and keys are rotated by first, see `rotary`.
 
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
@@ -70,7 +73,9 @@ def hedgehog_attention(
         given = (q_BTHK, k_BTGK, v_BTGV, log_gate_BTH, *query_map, *key_map, o, den, *state)
         if not differentiated(*given) and uses_triton("hedgehog_attention", v_BTGV, *widths):
             heads = (q_BTHK, k_BTGK, v_BTGV, log_gate_BTH, mask_BT)
-            return _step(*heads, query_map, key_map, other, state, feature_map)
+            return _step(*heads, query_map, key_map, other, state, feature_map, angles)
+    if angles is not None:
+        q_BTHK, k_BTGK = rotary(q_BTHK, k_BTGK, *angles)
     if not decodes and uses_triton("hedgehog_attention", v_BTGV, *widths):
         return _walk(
             q_BTHK, k_BTGK, v_BTGV, query_map, key_map, feature_map, log_gate_BTH, state, segments_BT, mask_BT, other,
@@ -96,12 +101,14 @@ def differentiated(*given: Tensor | None) -> bool:
 def _step(
     q_B1HK: Tensor, k_B1GK: Tensor, v_B1GV: Tensor, log_gate_B1H: Tensor | None, mask_B1: Tensor | None,
     query_map: Map, key_map: Map, other: Branch | None, state: LinearState, feature_map: FeatureMap,
+    angles: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, LinearState]:  # fmt: skip
     """One token after a state, in one launch."""
     from linearize_kernels.hedgehog_attention.triton_step import hedgehog_step_op
 
     y, s, z = hedgehog_step_op(
-        unit(q_B1HK), unit(k_B1GK), unit(v_B1GV), log_gate_B1H, mask_B1,
+        unit(q_B1HK), unit(k_B1GK), unit(v_B1GV), *((None, None) if angles is None else map(unit, angles)),
+        log_gate_B1H, mask_B1,
         query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
         contiguous(query_map.bias_HF), contiguous(key_map.bias_HF),
         None if other is None else other.o_BTHV.contiguous(),
