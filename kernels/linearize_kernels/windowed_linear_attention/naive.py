@@ -8,8 +8,8 @@ from torch import Tensor
 from linearize_kernels.gated_linear_attention import LinearState
 from linearize_kernels.hedgehog_attention import hedgehog_features
 from linearize_kernels.rotary import rotary
-from linearize_kernels.windowed_linear_attention.chunk import Sinks, WindowSums
-from linearize_kernels.windowed_linear_attention.step import FarStep, LocalState, NearStep, Token
+from linearize_kernels.windowed_linear_attention.chunk import LocalState, Sinks, WindowSums
+from linearize_kernels.windowed_linear_attention.step import FarStep, NearStep, Token
 
 
 def naive_window_sums(

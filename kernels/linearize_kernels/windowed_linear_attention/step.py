@@ -6,26 +6,13 @@ with the tail put before the token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from linearize_kernels.backend import uses_triton
 from linearize_kernels.gated_linear_attention import Branch, LinearState, contiguous, unit
 from linearize_kernels.hedgehog_attention import FeatureMap, Map
-
-
-class LocalState(NamedTuple):
-    """What decoding needs: W keys and values as the window reads them, and the sinks."""
-
-    seen_B: Tensor  # int64: real tokens so far
-    k_BWGK: Tensor
-    v_BWGV: Tensor
-    sink_k_BSGK: Tensor
-    sink_v_BSGV: Tensor
-    far_k_BWGK: Tensor  # the window's keys as the other branch wants them; of size 0 where they are the same
+from linearize_kernels.windowed_linear_attention.chunk import LocalState
 
 
 class Token(NamedTuple):
@@ -60,18 +47,6 @@ class FarStep(NamedTuple):
     gate_B1H: Tensor | None = None  # logits: the state is multiplied with their sigmoid before the key enters
     rotated: bool = False
     left: bool = True
-
-
-def steps_in_triton(q_BTHK: Tensor, v_BTGV: Tensor, features: int, read: Iterable[Tensor]) -> bool:
-    """Whether `window_step` may run on such a token.
-
-    Args:
-        features: per sign; 0 without a linear branch.
-        read: all that the step reads and somebody may differentiate.
-    """
-    if q_BTHK.shape[1] != 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in read)):
-        return False
-    return uses_triton("window_step", v_BTGV, q_BTHK.shape[-1], v_BTGV.shape[-1], 2 * features)
 
 
 def window_step(
