@@ -136,31 +136,33 @@ def _distillation(dtype: torch.dtype) -> list[Tensor]:
     return []
 
 
-def _steps() -> list[Tensor]:
+def _steps(width: int) -> list[Tensor]:
     """One token after a state, which nobody differentiates."""
     with torch.no_grad():
-        q, k, v = new(8, 1, 32, 128), new(8, 1, 8, 128), new(8, 1, 8, 128)
-        features, gate = new(8, 1, 32, 128), new(8, 1, 32, 128, dtype=FP32)
-        state = LinearState(new(8, 32, 128, 128, dtype=FP32), new(8, 32, 128, dtype=FP32))
+        q, k, v = new(8, 1, 32, width), new(8, 1, 8, width), new(8, 1, 8, width)
+        features, gate = new(8, 1, 32, width), new(8, 1, 32, width, dtype=FP32)
+        state = LinearState(new(8, 32, width, width, dtype=FP32), new(8, 32, width, dtype=FP32))
         gated_linear_attention(q, features, v, gate, state)
-        maps = [Map(new(32, 128, 128, dtype=FP32)) for _ in range(2)]
-        wide = LinearState(new(8, 32, 256, 128, dtype=FP32), new(8, 32, 256, dtype=FP32))
-        hedgehog_attention(q, k, v, *maps, log_gate_BTH=new(8, 1, 32, dtype=FP32), state=wide)
-        _window_steps(q, k, v, maps, wide)
+        maps = [Map(new(32, width, width, dtype=FP32)) for _ in range(2)]
+        signed = LinearState(new(8, 32, 2 * width, width, dtype=FP32), new(8, 32, 2 * width, dtype=FP32))
+        turned = (new(8, 1, width), new(8, 1, width))
+        hedgehog_attention(q, k, v, *maps, log_gate_BTH=new(8, 1, 32, dtype=FP32), state=signed, angles=turned)
+        _window_step(q, k, v, maps, signed)
         one = new(8, 1, 8, dtype=FP32)
-        gated_delta_rule(q, k, v, one, one, new(8, 8, 128, 128, dtype=FP32))
+        gated_delta_rule(q, k, v, one, one, new(8, 8, width, width, dtype=FP32))
     return []
 
 
-def _window_steps(q: Tensor, k: Tensor, v: Tensor, maps: list[Map], sums: LinearState) -> None:
-    """With all options; a second kernel by the same name would not be compiled."""
-    tails, sinks = [new(8, 64, 8, 128) for _ in range(3)], [new(8, 4, 8, 128) for _ in range(2)]
+def _window_step(q: Tensor, k: Tensor, v: Tensor, maps: list[Map], sums: LinearState) -> None:
+    """With all options: kernels are known by their names."""
+    width = q.shape[-1]
+    tails, sinks = [new(8, 64, 8, width) for _ in range(3)], [new(8, 4, 8, width) for _ in range(2)]
     state = LocalState(torch.zeros(8, dtype=torch.int64), tails[0], tails[1], *sinks, tails[2])
-    angles, one = new(8, 1, 128), new(8, 1, 32, dtype=FP32)
+    angles, gate = new(8, 1, width), new(8, 1, 32, dtype=FP32)
     token = Token(q, k, v, angles, angles, torch.ones(8, 1, dtype=torch.bool))
-    far = FarStep(maps[0], maps[1], sums, log_gate_B1H=one)
     weights = (new(32, dtype=FP32), new(32, dtype=FP32))
-    window_step(token, NearStep(state, 0.1, True, new(32, 4, dtype=FP32)), far, weights)
+    near = NearStep(state, 0.1, True, new(32, 4, dtype=FP32))
+    window_step(token, near, FarStep(maps[0], maps[1], sums, gate_B1H=gate), weights)
 
 
 CASES: dict[str, Callable[[], list[Tensor]]] = {
@@ -185,7 +187,8 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "rotary": lambda: _rotary(BF16),
     "distillation loss": lambda: _distillation(BF16),
     "distillation loss, fp32": lambda: _distillation(FP32),
-    "steps": _steps,
+    "steps": lambda: _steps(128),
+    "steps 64": lambda: _steps(64),
 }
 
 

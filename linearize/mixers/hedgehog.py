@@ -52,10 +52,10 @@ class Hedgehog(StudentMixer):
         return 4 * self.shapes.query_heads * features * (self.shapes.value_width + 1)
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
-        q_BTHK, k_BTGK = self.positioned(heads)
+        rope = heads.rope if self.config.rope else None
         return hedgehog_attention(
-            q_BTHK,
-            k_BTGK,
+            heads.q_BTHK,
+            heads.k_BTGK,
             heads.v_BTGV,
             self.query_map.weights(),
             (self.key_map or self.query_map).weights(),
@@ -64,6 +64,7 @@ class Hedgehog(StudentMixer):
             segments_BT=heads.segments_BT,
             mask_BT=heads.mask_BT,
             last=heads.last,
+            angles=None if rope is None else (rope.cos_BTR, rope.sin_BTR),
         )
 
     def positioned(self, heads: HeadInputs) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,6 @@ from linearize.mixers.local import (
     Local,
     LocalRows,
     decayed_rows,
-    decode,
     decodes,
     divide,
     local_state,
@@ -68,6 +67,8 @@ class Liger(StudentMixer):
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         if state is not None and decodes(heads, state, self):
+            from linearize.mixers.decoding import decode
+
             branch, after = decode(heads, self.local, state)
             far_BTHV, linear = self._far(heads, state)
             return self._mixed(branch.o_BTHV, far_BTHV).to(heads.v_BTGV.dtype), (*after, *linear)

@@ -23,7 +23,6 @@ from linearize.mixers.local import (
     Local,
     LocalRows,
     Read,
-    decode,
     decodes,
     far_share,
     local_state,
@@ -32,7 +31,7 @@ from linearize.mixers.local import (
     where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
-from linearize_kernels import Far, FarStep, LinearState, windowed_linear_attention
+from linearize_kernels import Far, LinearState, windowed_linear_attention
 
 
 class LizardConfig(MixerConfig):
@@ -107,28 +106,29 @@ class Lizard(StudentMixer):
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         if state is not None and decodes(heads, state, self, self.features):
-            return self._step(heads, state)
+            from linearize.mixers.decoding import FarStep, decode
+
+            logits = self.gate(heads.x_BTD.to(self.gate.weight.dtype))
+            beyond = FarStep(
+                self.query_map.weights(),
+                self.key_map.weights(),
+                LinearState(*state[LOCAL_TENSORS:]),
+                self.config.normalisation,
+                logits.expand(-1, -1, self.shapes.query_heads),
+                rotated=False,
+                left=not self.config.published,
+            )
+            learned = (self.mix_H, None) if self.config.published else (None, self.mix_H.exp())
+            both = self.window_branch and self.linear_branch
+            rest = (self.meta_HM, beyond, learned if both else self._weights())
+            branch, after = decode(heads, self.local, state, *rest, separate=self.config.published)
+            return branch.o_BTHV, after
         ordered, put_back, exact, far = self._branches(heads, state)
         y_BTHV, linear = windowed_linear_attention(
             exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights(),
             separate=self.config.published, last=heads.last,
         )  # fmt: skip
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
-
-    def _step(self, heads: HeadInputs, state: MixerState) -> tuple[Tensor, MixerState]:
-        """One token, which nobody differentiates."""
-        far = FarStep(
-            self.query_map.weights(),
-            self.key_map.weights(),
-            LinearState(*state[LOCAL_TENSORS:]),
-            self.config.normalisation,
-            self._log_gate(heads).expand(-1, -1, self.shapes.query_heads),
-            rotated=False,
-            left=not self.config.published,
-        )
-        rest = (self.meta_HM, far, self._weights())
-        branch, after = decode(heads, self.local, state, *rest, separate=self.config.published)
-        return branch.o_BTHV, after
 
     def _branches(self, heads: HeadInputs, state: MixerState | None) -> tuple[HeadInputs, PutBack, Read, Far]:
         before = local_state(state)
@@ -149,12 +149,6 @@ class Lizard(StudentMixer):
             *keys[2:],
         )
         return heads, put_back, exact, far
-
-    def _with_meta(self, top_BTH: Tensor) -> tuple[Tensor, Tensor]:
-        """What the window's sums are multiplied with, and what the meta-memory adds to their denominator."""
-        assert self.meta_HM is not None
-        new_BTH = torch.maximum(top_BTH, self.meta_HM.detach().amax(-1))
-        return (top_BTH - new_BTH).exp(), (self.meta_HM - new_BTH.unsqueeze(-1)).exp().sum(-1)
 
     def _weights(self) -> tuple[Tensor, Tensor]:
         """Of the window and of the linear branch, per head."""
@@ -183,7 +177,9 @@ class Lizard(StudentMixer):
             near, top = exact.weights(start, stop)
             near_den = near.sum(-1, keepdim=True)
             if self.meta_HM is not None:
-                kept, meta = (x.transpose(1, 2).unsqueeze(-1) for x in self._with_meta(top.squeeze(-1).transpose(1, 2)))
+                kept, meta = (
+                    x.transpose(1, 2).unsqueeze(-1) for x in _with_meta(self.meta_HM, top.squeeze(-1).transpose(1, 2))
+                )
                 near, near_den = near * kept, near_den * kept + meta
             if self.config.published:
                 far = far.masked_fill(~heads.seen(start, stop), 0)
@@ -201,3 +197,9 @@ class Lizard(StudentMixer):
         if not self.config.published:
             share_BTH = where_far(share_BTH, heads, self.local)
         return Readings(self._log_gate(heads), share_BTH)
+
+
+def _with_meta(meta_HM: Tensor, top_BTH: Tensor) -> tuple[Tensor, Tensor]:
+    """What the window's sums are multiplied with, and what the meta-memory adds to their denominator."""
+    new_BTH = torch.maximum(top_BTH, meta_HM.detach().amax(-1))
+    return (top_BTH - new_BTH).exp(), (meta_HM - new_BTH.unsqueeze(-1)).exp().sum(-1)

@@ -7,7 +7,6 @@ Legend in base.py; W window, S sinks.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -18,18 +17,14 @@ from linearize.mixers.timeline import Timeline, find_sinks, positions, tail_of
 from linearize_kernels import (
     Branch,
     Far,
-    FarStep,
     LocalState,
     Near,
-    NearStep,
     Sinks,
-    Token,
     query_dtype,
-    steps_in_triton,
     window_attention,
-    window_step,
     windowed_linear_attention,
 )
+from linearize_kernels.backend import uses_triton
 from linearize_kernels.gated_linear_attention import MIN_LOG_GATE
 
 SMALLEST = 1e-30
@@ -128,32 +123,15 @@ def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState 
 
 
 def decodes(heads: HeadInputs, state: MixerState, mixer: StudentMixer, features: int = 0) -> bool:
-    """Whether these heads are one token a row that `decode` takes; `features` per sign of the linear branch."""
-    if heads.q_BTHK.shape[1] != 1 or heads.segments_BT is not None:
+    """Whether `decoding` takes these heads: one token a row, not differentiated; `features` per sign."""
+    q_BTHK, v_BTGV = heads.q_BTHK, heads.v_BTGV
+    if q_BTHK.shape[1] != 1 or heads.segments_BT is not None:
         return False
-    read = chain((heads.x_BTD, heads.q_BTHK, heads.k_BTGK, heads.v_BTGV), state, mixer.parameters())
-    return steps_in_triton(heads.q_BTHK, heads.v_BTGV, features, read)
-
-
-def decode(
-    heads: HeadInputs,
-    local: Local,
-    state: MixerState,
-    meta_HL: Tensor | None = None,
-    far: FarStep | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
-    *,
-    separate: bool = False,
-) -> tuple[Branch, MixerState]:
-    """One token after `LocalState` (the first tensors of `state`), in one launch; the new state ends with `far`'s."""
-    before = local_state(state)
-    assert before is not None
-    rope = heads.rope
-    cos, sin = (None, None) if rope is None else (rope.cos_BTR, rope.sin_BTR)
-    token = Token(heads.q_BTHK, heads.k_BTGK, heads.v_BTGV, cos, sin, heads.mask_BT)
-    near = NearStep(before, local.scaling, local.rope, meta_HL)
-    found, exact, linear = window_step(token, near, far, weights, separate=separate)
-    return found, (*exact, *(linear or ()))
+    if torch.is_grad_enabled():
+        read = (heads.x_BTD, q_BTHK, heads.k_BTGK, v_BTGV, *state, *mixer.parameters())
+        if any(x.requires_grad for x in read):
+            return False
+    return uses_triton("window_step", v_BTGV, q_BTHK.shape[-1], v_BTGV.shape[-1], 2 * features)
 
 
 def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: tuple[Tensor, Tensor] | None) -> Tensor:

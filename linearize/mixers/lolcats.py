@@ -18,7 +18,6 @@ from linearize.mixers.local import (
     Local,
     LocalRows,
     Read,
-    decode,
     decodes,
     far_share,
     local_state,
@@ -27,7 +26,7 @@ from linearize.mixers.local import (
     where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
-from linearize_kernels import Far, FarStep, LinearState, windowed_linear_attention
+from linearize_kernels import Far, LinearState, windowed_linear_attention
 
 WINDOW_FACTOR = -2.1972
 """sigmoid of it is 0.1, the published start of the window's weight (configurations of arXiv 2410.10254)."""
@@ -79,24 +78,24 @@ class Lolcats(StudentMixer):
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         if state is not None and decodes(heads, state, self, self.features):
-            return self._step(heads, state)
+            from linearize.mixers.decoding import FarStep, decode
+
+            beyond = FarStep(
+                self.query_map.weights(),
+                self.key_map.weights(),
+                LinearState(*state[LOCAL_TENSORS:]),
+                self.config.normalisation,
+                rotated=True,
+            )
+            one = self.window_branch and self.linear_branch and not self.config.affine
+            weights = (self.window_factor_H.sigmoid(), None) if one else self._weights()
+            branch, after = decode(heads, self.local, state, None, beyond, weights)
+            return branch.o_BTHV, after
         ordered, put_back, exact, far = self._branches(heads, state)
         y_BTHV, linear = windowed_linear_attention(
             exact.near, far, exact.window, exact.position_BT, ordered.segments_BT, self._weights(), last=heads.last
         )
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*exact.state, *linear)
-
-    def _step(self, heads: HeadInputs, state: MixerState) -> tuple[Tensor, MixerState]:
-        """One token, which nobody differentiates."""
-        far = FarStep(
-            self.query_map.weights(),
-            self.key_map.weights(),
-            LinearState(*state[LOCAL_TENSORS:]),
-            self.config.normalisation,
-            rotated=True,
-        )
-        branch, after = decode(heads, self.local, state, None, far, self._weights())
-        return branch.o_BTHV, after
 
     def _branches(self, heads: HeadInputs, state: MixerState | None) -> tuple[HeadInputs, PutBack, Read, Far]:
         before = local_state(state)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, RowWeights, StudentMixer
 from linearize.mixers.feature_maps import normalised
-from linearize.mixers.local import Local, LocalRows, decode, decodes, local_state, local_state_bytes, read
+from linearize.mixers.local import Local, LocalRows, decodes, local_state, local_state_bytes, read
 from linearize.mixers.timeline import begin
 
 
@@ -43,6 +43,8 @@ class Swa(StudentMixer):
 
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         if state is not None and decodes(heads, state, self):
+            from linearize.mixers.decoding import decode
+
             branch, after = decode(heads, self.local, state)
             return branch.o_BTHV, after
         before = local_state(state)

@@ -16,14 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from linearize_kernels.backend import uses_triton
-from linearize_kernels.gated_linear_attention import (
-    Branch,
-    LinearState,
-    contiguous,
-    gated_linear_attention,
-    unit,
-)
+from linearize_kernels.gated_linear_attention import Branch, LinearState, gated_linear_attention
 from linearize_kernels.hedgehog_attention.maps import FeatureMap, Map, hedgehog_features, map_heads
+from linearize_kernels.rotary import rotary
 
 __all__ = ["FeatureMap", "Map", "hedgehog_attention", "hedgehog_features", "map_heads"]
 
@@ -44,6 +39,7 @@ def hedgehog_attention(
     delay: int = 0,
     skip: int = 0,
     last: bool = False,
+    angles: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, LinearState]:
     """Causal, in linear time; memory of the size of the inputs.
 
@@ -59,23 +55,21 @@ def hedgehog_attention(
         delay: token t brings the key and value of row t - delay; the first `delay` tokens bring none.
         skip: rows at the start that never come.
         last: nobody reads the state that comes back; it may be anything.
+        angles: cosines and sines [B or 1, T, R] that queries and keys are rotated by first, see `rotary`.
 
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
     """
     widths = (q_BTHK.shape[-1], 2 * query_map.weight_HKF.shape[-1], v_BTGV.shape[-1])
-    decodes = q_BTHK.shape[1] == 1 and state is not None
-    if state is not None and decodes and not delay and not skip:
-        o, den = (None, None) if other is None else other
-        given = (q_BTHK, k_BTGK, v_BTGV, log_gate_BTH, *query_map, *key_map, o, den, *state)
-        if not differentiated(*given) and uses_triton("hedgehog_attention", v_BTGV, *widths):
-            heads = (q_BTHK, k_BTGK, v_BTGV, log_gate_BTH, mask_BT)
-            return _step(*heads, query_map, key_map, other, state, feature_map)
-    if not decodes and uses_triton("hedgehog_attention", v_BTGV, *widths):
-        return _walk(
+    if uses_triton("hedgehog_attention", v_BTGV, *widths):
+        from linearize_kernels.hedgehog_attention.launch import attend
+
+        return attend(
             q_BTHK, k_BTGK, v_BTGV, query_map, key_map, feature_map, log_gate_BTH, state, segments_BT, mask_BT, other,
-            delay, skip, last,
+            delay, skip, last, angles,
         )  # fmt: skip
+    if angles is not None:
+        q_BTHK, k_BTGK = rotary(q_BTHK, k_BTGK, *angles)
     if delay or skip:
         length = k_BTGK.shape[1]
         k_BTGK, v_BTGV = (F.pad(x, (0, 0, 0, 0, delay, 0))[:, :length] for x in (k_BTGK, v_BTGV))
@@ -86,48 +80,3 @@ def hedgehog_attention(
     if mask_BT is not None:
         k_BTHF = k_BTHF * mask_BT[:, :, None, None]
     return gated_linear_attention(q_BTHF, k_BTHF, v_BTGV, log_gate_BTH, state, segments_BT, other=other)
-
-
-def differentiated(*given: Tensor | None) -> bool:
-    """Whether anybody differentiates; steps have no backward."""
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-
-
-def _step(
-    q_B1HK: Tensor, k_B1GK: Tensor, v_B1GV: Tensor, log_gate_B1H: Tensor | None, mask_B1: Tensor | None,
-    query_map: Map, key_map: Map, other: Branch | None, state: LinearState, feature_map: FeatureMap,
-) -> tuple[Tensor, LinearState]:  # fmt: skip
-    """One token after a state, in one launch."""
-    from linearize_kernels.hedgehog_attention.triton_step import hedgehog_step_op
-
-    y, s, z = hedgehog_step_op(
-        unit(q_B1HK), unit(k_B1GK), unit(v_B1GV), log_gate_B1H, mask_B1,
-        query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
-        contiguous(query_map.bias_HF), contiguous(key_map.bias_HF),
-        None if other is None else other.o_BTHV.contiguous(),
-        None if other is None else other.den_BTH.float().contiguous(),
-        state.s_BJFV.float().contiguous(), state.z_BJF.float().contiguous(), feature_map,
-    )  # fmt: skip
-    return y, LinearState(s, z)
-
-
-def _walk(
-    q_BTHK: Tensor, k_BTGK: Tensor, v_BTGV: Tensor, query_map: Map, key_map: Map, feature_map: FeatureMap,
-    log_gate_BTH: Tensor | None, state: LinearState | None, segments_BT: Tensor | None, mask_BT: Tensor | None,
-    other: Branch | None, delay: int, skip: int, last: bool,
-) -> tuple[Tensor, LinearState]:  # fmt: skip
-    from linearize_kernels.gated_linear_attention.launch import walk
-
-    dtype = v_BTGV.dtype
-    y, _, end_s, end_z, _, _ = walk(
-        unit(q_BTHK, dtype), unit(k_BTGK, dtype), unit(v_BTGV),
-        contiguous(log_gate_BTH), contiguous(mask_BT), contiguous(segments_BT),
-        query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
-        contiguous(query_map.bias_HF), contiguous(key_map.bias_HF),
-        None if other is None else other.o_BTHV.to(dtype).contiguous(),
-        None if other is None else other.den_BTH.float().contiguous(),
-        None if state is None else state.s_BJFV.float().contiguous(),
-        None if state is None else state.z_BJF.float().contiguous(),
-        feature_map, True, 0.0, delay, skip, not last,
-    )  # fmt: skip
-    return y, LinearState(end_s, end_z)

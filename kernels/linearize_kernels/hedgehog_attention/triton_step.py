@@ -98,11 +98,13 @@ def step_both_signs(qp, qn, kp, kn, keep, value, column, s, z, new_s, new_z, row
 
 
 @triton.jit
-def hedgehog_step(q, k, v, gate, mask, query_weight, key_weight, query_bias, key_bias, other, other_den, s, z, new_s,
-                  new_z, y, q_batch, q_head, k_batch, k_head, v_batch, v_head, gate_batch, gate_head, mask_batch,
-                  H: tl.constexpr, G: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
+def hedgehog_step(q, k, v, cos, sin, gate, mask, query_weight, key_weight, query_bias, key_bias, other, other_den, s,
+                  z, new_s, new_z, y, q_batch, q_head, k_batch, k_head, v_batch, v_head, cos_batch, sin_batch,
+                  gate_batch, gate_head, mask_batch,
+                  H: tl.constexpr, G: tl.constexpr, width: tl.constexpr, rotated: tl.constexpr,
+                  features: tl.constexpr, values: tl.constexpr,
                   K: tl.constexpr, F: tl.constexpr, TILE: tl.constexpr, MAP: tl.constexpr, GATED: tl.constexpr,
-                  MASKED: tl.constexpr, QUERY_BIAS: tl.constexpr, KEY_BIAS: tl.constexpr,
+                  MASKED: tl.constexpr, QUERY_BIAS: tl.constexpr, KEY_BIAS: tl.constexpr, TURNED: tl.constexpr,
                   OTHER: tl.constexpr):  # fmt: skip
     """Grid (B * H, tiles of V). Old and new state are different memory: programs of a head read the same normaliser."""
     row = tl.program_id(0).to(tl.int64)
@@ -120,11 +122,13 @@ def hedgehog_step(q, k, v, gate, mask, query_weight, key_weight, query_bias, key
         keep = tl.exp(tl.maximum(tl.load(gate + b * gate_batch + h * gate_head).to(tl.float32), FORGOTTEN))
     key = k + b * k_batch + g * k_head
     weights = h * width * features
-    kp, kn = map_row(key, key, key, key_weight + weights, key_bias + h * features, real,
-                     width, 0, features, K, F, MAP, False, KEY_BIAS, False)  # fmt: skip
+    cos += b * cos_batch
+    sin += b * sin_batch
+    kp, kn = map_row(key, cos, sin, key_weight + weights, key_bias + h * features, real,
+                     width, rotated, features, K, F, MAP, False, KEY_BIAS, TURNED)  # fmt: skip
     query = q + b * q_batch + h * q_head
-    qp, qn = map_row(query, query, query, query_weight + weights, query_bias + h * features, always,
-                     width, 0, features, K, F, MAP, True, QUERY_BIAS, False)  # fmt: skip
+    qp, qn = map_row(query, cos, sin, query_weight + weights, query_bias + h * features, always,
+                     width, rotated, features, K, F, MAP, True, QUERY_BIAS, TURNED)  # fmt: skip
     value = tl.load(v + b * v_batch + g * v_head + column, mask=column < values, other=0.0).to(tl.float32)
     num, den = step_both_signs(qp, qn, kp, kn, keep, value, column, s, z, new_s, new_z, row, share, features, values, F)
     if OTHER:
@@ -146,9 +150,9 @@ def warps_of(features: int, tile: int) -> int:
 
 
 def _empty(
-    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, query_weight: Tensor, key_weight: Tensor,
-    query_bias: Optional, key_bias: Optional, other: Optional, other_den: Optional, s: Tensor, z: Tensor,
-    feature_map: str,
+    q: Tensor, k: Tensor, v: Tensor, cos: Optional, sin: Optional, gate: Optional, mask: Optional,
+    query_weight: Tensor, key_weight: Tensor, query_bias: Optional, key_bias: Optional, other: Optional,
+    other_den: Optional, s: Tensor, z: Tensor, feature_map: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     y = torch.empty((*q.shape[:3], v.shape[-1]), dtype=v.dtype, device=v.device)
     return y, torch.empty_like(s), torch.empty_like(z)
@@ -156,35 +160,39 @@ def _empty(
 
 @operation("hedgehog_step", _empty)
 def hedgehog_step_op(
-    q: Tensor, k: Tensor, v: Tensor, gate: Optional, mask: Optional, query_weight: Tensor, key_weight: Tensor,
-    query_bias: Optional, key_bias: Optional, other: Optional, other_den: Optional, s: Tensor, z: Tensor,
-    feature_map: str,
+    q: Tensor, k: Tensor, v: Tensor, cos: Optional, sin: Optional, gate: Optional, mask: Optional,
+    query_weight: Tensor, key_weight: Tensor, query_bias: Optional, key_bias: Optional, other: Optional,
+    other_den: Optional, s: Tensor, z: Tensor, feature_map: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """y [B, 1, H, V] in the dtype of v, and new sums; the old ones stay as they are.
 
-    q, k and v have unit stride in the last dimension; maps, other and states are contiguous, states and other_den fp32.
+    q, k, v, cos and sin have unit stride in the last dimension; maps, other and states are contiguous; states and
+    other_den are fp32.
     """
     found = _empty(
-        q, k, v, gate, mask, query_weight, key_weight, query_bias, key_bias, other, other_den, s, z, feature_map
-    )
+        q, k, v, cos, sin, gate, mask, query_weight, key_weight, query_bias, key_bias, other, other_den, s, z,
+        feature_map,
+    )  # fmt: skip
 
     def bind() -> Bound:
         batch, _, heads, width = q.shape
         features, values, rows = query_weight.shape[-1], v.shape[-1], batch * heads
         tile = tile_of(rows, values)
         constants: dict[str, Any] = {
-            "H": heads, "G": k.shape[2], "width": width, "features": features, "values": values, "K": power(width),
+            "H": heads, "G": k.shape[2], "width": width, "rotated": 0 if cos is None else cos.shape[-1],
+            "features": features, "values": values, "K": power(width),
             "F": power(features), "TILE": tile, "MAP": feature_map, "GATED": gate is not None,
             "MASKED": mask is not None, "QUERY_BIAS": query_bias is not None, "KEY_BIAS": key_bias is not None,
-            "OTHER": other is not None, "num_warps": warps_of(features, tile),
+            "TURNED": cos is not None, "OTHER": other is not None, "num_warps": warps_of(features, tile),
         }  # fmt: skip
         strides = [stride for x in (q, k, v) for stride in (x.stride(0), x.stride(2))]
         gates = (0, 0) if gate is None else (gate.stride(0), gate.stride(2))
-        numbers = (*strides, *gates, 0 if mask is None else mask.stride(0))
+        turns = [0 if x is None or x.shape[0] == 1 else x.stride(0) for x in (cos, sin)]
+        numbers = (*strides, *turns, *gates, 0 if mask is None else mask.stride(0))
         return Bound(hedgehog_step, (rows, -(-values // tile)), numbers, constants, v.device)
 
     maps = (query_weight, key_weight, query_bias, key_bias)
-    key = ("hedgehog step", v.device, feature_map, *forms(q, k, v, gate, mask, *maps, other))
-    missing = given(q, gate, mask, *maps, other, other_den)
+    key = ("hedgehog step", v.device, feature_map, *forms(q, k, v, cos, sin, gate, mask, *maps, other))
+    missing = given(q, cos, sin, gate, mask, *maps, other, other_den)
     plan_for(key, bind)((q, k, v, *missing, s, z, *found[1:], found[0]))
     return found

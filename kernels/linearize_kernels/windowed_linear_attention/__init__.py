@@ -19,15 +19,8 @@ from torch import Tensor
 from linearize_kernels.backend import uses_triton
 from linearize_kernels.gated_linear_attention import Branch, LinearState, contiguous, unit
 from linearize_kernels.hedgehog_attention import FeatureMap, Map, hedgehog_attention
-from linearize_kernels.windowed_linear_attention.chunk import Sinks, WindowSums, window_sums
-from linearize_kernels.windowed_linear_attention.step import (
-    FarStep,
-    LocalState,
-    NearStep,
-    Token,
-    steps_in_triton,
-    window_step,
-)
+from linearize_kernels.windowed_linear_attention.chunk import LocalState, Sinks, WindowSums, window_sums
+from linearize_kernels.windowed_linear_attention.step import FarStep, NearStep, Token, window_step
 
 __all__ = [
     "Far",
@@ -39,7 +32,6 @@ __all__ = [
     "Token",
     "WindowSums",
     "query_dtype",
-    "steps_in_triton",
     "window_attention",
     "window_step",
     "window_sums",

@@ -20,6 +20,17 @@ class Sinks(NamedTuple):
     v_BXSGV: Tensor
 
 
+class LocalState(NamedTuple):
+    """What decoding needs: W keys and values as the window reads them, and the sinks."""
+
+    seen_B: Tensor  # int64: real tokens so far
+    k_BWGK: Tensor
+    v_BWGV: Tensor
+    sink_k_BSGK: Tensor
+    sink_v_BSGV: Tensor
+    far_k_BWGK: Tensor  # the window's keys as the other branch wants them; of size 0 where they are the same
+
+
 class WindowSums(NamedTuple):
     """Of exp(score - max) over what a query sees; softmax attention is num / den."""
 

@@ -8,8 +8,8 @@ from torch import Tensor
 from linearize_kernels.gated_linear_attention import LinearState
 from linearize_kernels.hedgehog_attention import hedgehog_features
 from linearize_kernels.rotary import rotary
-from linearize_kernels.windowed_linear_attention.chunk import Sinks, WindowSums
-from linearize_kernels.windowed_linear_attention.step import FarStep, LocalState, NearStep, Token
+from linearize_kernels.windowed_linear_attention.chunk import LocalState, Sinks, WindowSums
+from linearize_kernels.windowed_linear_attention.step import FarStep, NearStep, Token
 
 
 def naive_window_sums(
@@ -46,7 +46,7 @@ def naive_window_step(
     token: Token,
     near: NearStep,
     far: FarStep | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     separate: bool = False,
 ) -> tuple[Tensor, Tensor, LocalState, LinearState | None]:
@@ -57,7 +57,12 @@ def naive_window_step(
 
 
 def _row(
-    token: Token, near: NearStep, far: FarStep | None, weights: tuple[Tensor, Tensor] | None, separate: bool, b: slice
+    token: Token,
+    near: NearStep,
+    far: FarStep | None,
+    weights: tuple[Tensor | None, Tensor | None],
+    separate: bool,
+    b: slice,
 ) -> tuple[Tensor, ...]:
     q, k, v, cos, sin, mask = (x if x is None or x.shape[0] == 1 else x[b] for x in token)
     assert q is not None
@@ -92,12 +97,12 @@ def _row(
     c = hedgehog_features(key, *far.key_map, far.feature_map, "key") * (brings and real)
     value = value.repeat_interleave(q.shape[2] // v.shape[2], dim=2)
     s, z = (x[b] for x in far.state)
-    if far.log_gate_B1H is not None:
-        keep_BH1 = far.log_gate_B1H[b, 0].exp().unsqueeze(-1)
+    if far.gate_B1H is not None and real:
+        keep_BH1 = far.gate_B1H[b, 0].sigmoid().unsqueeze(-1)
         s, z = s * keep_BH1.unsqueeze(-1), z * keep_BH1
     s, z = s + c[:, 0].unsqueeze(-1) * value[:, 0].unsqueeze(-2), z + c[:, 0]
     num, den = (a[:, 0].unsqueeze(-2) @ s).transpose(1, 2), (a[:, 0] * z).sum(-1)[:, None]
-    near_H, far_H = weights or (den.new_ones(1), den.new_ones(1))
+    near_H, far_H = (den.new_ones(1) if weight is None else weight for weight in weights)
     if separate:
         y = near_H.unsqueeze(-1) * y + far_H.unsqueeze(-1) * num / den.where(den > 0, 1).unsqueeze(-1)
     else:

@@ -6,26 +6,13 @@ with the tail put before the token.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from linearize_kernels.backend import uses_triton
 from linearize_kernels.gated_linear_attention import Branch, LinearState, contiguous, unit
 from linearize_kernels.hedgehog_attention import FeatureMap, Map
-
-
-class LocalState(NamedTuple):
-    """What decoding needs: W keys and values as the window reads them, and the sinks."""
-
-    seen_B: Tensor  # int64: real tokens so far
-    k_BWGK: Tensor
-    v_BWGV: Tensor
-    sink_k_BSGK: Tensor
-    sink_v_BSGV: Tensor
-    far_k_BWGK: Tensor  # the window's keys as the other branch wants them; of size 0 where they are the same
+from linearize_kernels.windowed_linear_attention.chunk import LocalState
 
 
 class Token(NamedTuple):
@@ -57,28 +44,16 @@ class FarStep(NamedTuple):
     key_map: Map
     state: LinearState
     feature_map: FeatureMap = "softmax"
-    log_gate_B1H: Tensor | None = None
+    gate_B1H: Tensor | None = None  # logits: the state is multiplied with their sigmoid before the key enters
     rotated: bool = False
     left: bool = True
-
-
-def steps_in_triton(q_BTHK: Tensor, v_BTGV: Tensor, features: int, read: Iterable[Tensor]) -> bool:
-    """Whether `window_step` may run on such a token.
-
-    Args:
-        features: per sign; 0 without a linear branch.
-        read: all that the step reads and somebody may differentiate.
-    """
-    if q_BTHK.shape[1] != 1 or (torch.is_grad_enabled() and any(x.requires_grad for x in read)):
-        return False
-    return uses_triton("window_step", v_BTGV, q_BTHK.shape[-1], v_BTGV.shape[-1], 2 * features)
 
 
 def window_step(
     token: Token,
     near: NearStep,
     far: FarStep | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     separate: bool = False,
 ) -> tuple[Branch, LocalState, LinearState | None]:
@@ -101,12 +76,12 @@ def window_step(
     if far is not None:
         (query_weight, query_bias), (key_weight, key_bias) = far.query_map, far.key_map
         maps = [contiguous(x) for x in (query_weight, key_weight, query_bias, key_bias)]
-        gate, form = far.log_gate_B1H, far.feature_map
+        gate, form = far.gate_B1H, far.feature_map
         sums = [x.float().contiguous() for x in far.state]
     y, den, *state, s, z = window_step_op(
         unit(token.q_B1HK), unit(token.k_B1GK), unit(token.v_B1GV), *turned, token.mask_B1,
         *(x.contiguous() for x in near.state), contiguous(near.meta_HL), *maps, gate,
-        *((None, None) if weights is None else (x.contiguous() for x in weights)), *sums,
+        *(contiguous(x) for x in weights), *sums,
         form, near.scale, near.rotated and turned[0] is not None,
         far is not None and far.rotated and turned[0] is not None, far is not None and far.left, separate,
     )  # fmt: skip

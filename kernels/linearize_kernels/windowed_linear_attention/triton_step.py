@@ -78,7 +78,8 @@ def window_step(q, k, v, cos, sin, mask, seen, tail_k, tail_v, sink_k, sink_v, f
                 H: tl.constexpr, G: tl.constexpr, width: tl.constexpr, values: tl.constexpr, features: tl.constexpr,
                 rotated: tl.constexpr, sinks: tl.constexpr, metas: tl.constexpr, K: tl.constexpr, F: tl.constexpr,
                 TILE: tl.constexpr, C: tl.constexpr, N: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr,
-                MASKED: tl.constexpr, GATED: tl.constexpr, WEIGHTED: tl.constexpr, QUERY_BIAS: tl.constexpr,
+                MASKED: tl.constexpr, GATED: tl.constexpr, NEAR_WEIGHTED: tl.constexpr,
+                FAR_WEIGHTED: tl.constexpr, QUERY_BIAS: tl.constexpr,
                 KEY_BIAS: tl.constexpr, NEAR_TURNED: tl.constexpr, FAR_TURNED: tl.constexpr, LEFT: tl.constexpr,
                 FAR_TAIL: tl.constexpr, SEPARATE: tl.constexpr):  # fmt: skip
     """Grid (B * H, tiles of V). Old and new state are different memory."""
@@ -166,14 +167,17 @@ def window_step(q, k, v, cos, sin, mask, seen, tail_k, tail_v, sink_k, sink_v, f
                          features, K, F, MAP, True, QUERY_BIAS, FAR_TURNED)  # fmt: skip
         keep = 1.0
         if GATED:
-            keep = tl.exp(tl.maximum(tl.load(gate + b * gate_batch + h * gate_head).to(tl.float32), FORGOTTEN))
+            logit = tl.load(gate + b * gate_batch + h * gate_head).to(tl.float32)
+            log = tl.minimum(logit, 0.0) - tl.log(1 + tl.exp(-tl.abs(logit)))  # of the sigmoid
+            keep = tl.where(real, tl.exp(tl.maximum(log, FORGOTTEN)), 1.0)
         num, far_den = step_both_signs(
             qp, qn, kp, kn, keep, value, column, s, z, new_s, new_z, row, share, features, values, F
         )
         near = 1.0
         far = 1.0
-        if WEIGHTED:
+        if NEAR_WEIGHTED:
             near = tl.load(near_weight + h).to(tl.float32)
+        if FAR_WEIGHTED:
             far = tl.load(far_weight + h).to(tl.float32)
         if SEPARATE:
             answer = near * answer + far * num / tl.where(far_den == 0, 1.0, far_den)
@@ -231,7 +235,8 @@ def window_step_op(
             "F": power(max(1, features)), "TILE": tile, "C": chosen.chunk,
             "N": triton.next_power_of_2(max(1, sinks)), "M": triton.next_power_of_2(max(1, metas)),
             "MAP": "none" if query_weight is None else feature_map, "MASKED": mask is not None,
-            "GATED": gate is not None, "WEIGHTED": near_weight is not None, "QUERY_BIAS": query_bias is not None,
+            "GATED": gate is not None, "NEAR_WEIGHTED": near_weight is not None,
+            "FAR_WEIGHTED": far_weight is not None, "QUERY_BIAS": query_bias is not None,
             "KEY_BIAS": key_bias is not None, "NEAR_TURNED": near_turned, "FAR_TURNED": far_turned, "LEFT": left,
             "FAR_TAIL": far_k.shape[1] > 0, "SEPARATE": separate, "num_warps": chosen.warps,
         }  # fmt: skip
@@ -243,7 +248,7 @@ def window_step_op(
 
     maps = (query_weight, key_weight, query_bias, key_bias)
     flags = (feature_map, near_turned, far_turned, left, separate)
-    tensors = (q, k, v, cos, sin, mask, tail_k, sink_k, far_k, meta, *maps, gate, near_weight)
+    tensors = (q, k, v, cos, sin, mask, tail_k, sink_k, far_k, meta, *maps, gate, near_weight, far_weight)
     state = (seen, tail_k, tail_v, sink_k, sink_v, far_k)
     missing = given(q, meta, *maps, gate, near_weight, far_weight, s, z)
     arguments = (q, k, v, *given(q, cos, sin, mask), *state, *missing, *found)
