@@ -221,7 +221,6 @@ def _recordable(recipe: Recipe, index: int, grafted: Graft, training: _Training)
     return not why
 
 
-# Five parameters: those of the run, and those of this stage.
 def _train_stage(
     stage: Stage, run: Run, training: _Training, evaluate: Callable[[], dict[str, float]], graphs: bool
 ) -> None:

@@ -170,7 +170,6 @@ def _prepare(stage: Stage, batches: Batches, run: Run, settings: FitSettings) ->
     return _Work(stage, ahead, run, share, parameters, run_one, optimizer, device)
 
 
-# Five parameters: a micro-batch is the one place where all of these meet.
 def _micro_batches(
     stage: Stage, accelerator: Accelerator, parameters: Sequence[nn.Parameter], run: Run, settings: FitSettings
 ) -> MicroBatches:

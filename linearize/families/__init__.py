@@ -71,7 +71,7 @@ def rotations(config: PreTrainedConfig) -> set[str]:
     """The kinds of rotary angles, by transformers' names; layers of different kinds may have their own."""
     rope: dict[str, Any] = config.to_dict().get("rope_parameters") or {}
     each = [rope] if "rope_type" in rope else [own for own in rope.values() if isinstance(own, dict)]
-    return {own["rope_type"] for own in each}
+    return {own["rope_type"] for own in each if "rope_type" in own}
 
 
 def family_of(model_type: str) -> ModelFamily:
