@@ -13,6 +13,7 @@ from torch import Tensor
 from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import launch
 from linearize_kernels.gated_linear_attention import triton as kernels
+from linearize_kernels.gated_linear_attention.launch_blocks import BlockPlan, walk_blocks
 from linearize_kernels.operations import differentiate, operation, power
 
 SPLIT_UNIT = 128
@@ -81,6 +82,10 @@ class Plan:
         self.q_strides = q.stride()[:3]
         self.key_strides = (*k.stride()[:3], *v.stride()[:3], delay, skip)
         self.bound: dict[tuple[Any, ...], Bound] = {}
+        self.widest = max(self.constants["K"], f, self.constants["V"])
+        self.variant = f"{feature_map} {self.gate_kind}"
+        outputs = launch("block_outputs", self.dtype, self.widest, self.variant)
+        self.blocks = BlockPlan(self, outputs) if outputs.block and feature_map != "none" and self.carry_width == 1 else None
 
     def kernel(self, name: str, splits: int, *flags: tuple[str, bool]) -> Bound:
         """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""
@@ -92,8 +97,7 @@ class Plan:
     def _bind(self, name: str, splits: int, flags: dict[str, bool]) -> Bound:
         function = getattr(kernels, name)
         constants = self.constants | flags | {"TILED": "gradients" not in name}
-        widest = max(constants["K"], constants["F"], constants["V"])
-        chosen = launch(name, self.dtype, widest, f"{self.feature_map} {self.gate_kind}")
+        chosen = launch(name, self.dtype, self.widest, self.variant)
         grid: tuple[int, ...] = (self.rows, splits)
         if name in FORWARD:
             if chosen.values and self.values % chosen.values == 0:
@@ -179,6 +183,12 @@ def _walk(
     """`walk`; where not `kept`, without what only its backward pass reads, and without the state if not `ended`."""
     maps = (query_weight, key_weight, query_bias, key_bias)
     plan = find_plan(q, k, v, gate, mask, segments, *maps, feature_map, normalised, delay, skip)
+    if plan.blocks is not None and not kept:
+        found = walk_blocks(
+            plan.blocks, q, k, v, given(q, gate, mask, segments), maps, other, other_den, start_s, start_z, epsilon,
+            ended,
+        )  # fmt: skip
+        return *found, None, None
     all_sums, all_carries = plan.new_sums(plan.passes) if kept or plan.splits > 1 else (None, None)
     masks = given(q, gate, mask, segments)
     before: tuple[Tensor, Tensor] | None = None
