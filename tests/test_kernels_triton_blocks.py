@@ -18,7 +18,6 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUTPUTS = {
     "a block is a chunk": configs.Launch(32, 4, 1, block=32),
     "two chunks a block": configs.Launch(32, 4, 1, block=64),
-    "three chunks a program": configs.Launch(16, 4, 1, block=32, run=3),
 }
 CASES = [  # T, H, G, K, F, V, bias, gate, other, packed, masked, state
     (100, 2, 1, 16, 16, 16, False, False, False, False, False, True),

@@ -19,8 +19,7 @@ TABLE = Path(__file__).with_name("configs.json")
 class Launch(NamedTuple):
     """C tokens of a chunk, warps of a program, loads in flight, and values of a tile (0: all of a head's).
 
-    `block_outputs`: tokens between states that go through memory (0: `walk_forward` is used, and none does), and chunks
-    that a program takes.
+    `block_outputs`: tokens between states that go through memory (0: `walk_forward` is used, and none does).
     """
 
     chunk: int
@@ -28,7 +27,6 @@ class Launch(NamedTuple):
     stages: int
     values: int = 0
     block: int = 0
-    run: int = 1
 
 
 overrides: dict[str, Launch] = {}

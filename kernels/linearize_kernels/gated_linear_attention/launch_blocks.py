@@ -32,12 +32,11 @@ class BlockPlan:
     def __init__(self, plan: Plan, outputs: Launch) -> None:
         self.plan, self.outputs, self.size = plan, outputs, outputs.block
         self.states = launch("block_states", plan.dtype, plan.widest, plan.variant)
-        self.signs = 1 if plan.feature_map == "none" else 2
         self.blocks = -(-plan.length // self.size)
         splits = max(1, min(SPLITS, -(-plan.length // plan.tokens)))
         self.blocks_a_split = -(-self.blocks // splits)
         self.splits = -(-self.blocks // self.blocks_a_split)
-        self.constants = plan.constants | {"SIGNS": self.signs, "M": self.size, "RUN": outputs.run, "TILED": True}
+        self.constants = plan.constants | {"M": self.size}
         self.bound: dict[tuple[Any, ...], Bound] = {}
 
     def kernel(self, name: str, **flags: bool) -> Bound:
@@ -53,14 +52,12 @@ class BlockPlan:
         chosen = self.states if name == "block_states" else self.outputs
         numbers: tuple[int, ...] = (*plan.key_strides, plan.length, self.blocks_a_split, self.blocks)
         if name == "block_states":
-            constants["V"] = min(constants["V"], chosen.values or constants["V"])
-            grid = (plan.rows, self.splits, -(-plan.values // constants["V"]))
+            grid = (plan.rows, self.splits, 2)
         elif name == "block_outputs":
-            programs = -(-plan.length // (chosen.chunk * chosen.run))
-            grid, numbers = (programs, plan.rows, 1), (*plan.q_strides, *numbers, self.splits)
+            grid, numbers = (-(-plan.length // chosen.chunk), plan.rows, 1), (*plan.q_strides, *numbers, self.splits)
         else:
             constants["ROWS"] = STATE_ROWS
-            grid, numbers = (plan.rows, self.signs, -(-(plan.values + 1) // STATE_ROWS)), (self.splits,)
+            grid, numbers = (plan.rows, 2, -(-(plan.values + 1) // STATE_ROWS)), (self.splits,)
             chosen = Launch(0, 4, 1)
         function = getattr(kernels, name)
         constants["C"] = chosen.chunk
@@ -78,17 +75,17 @@ def walk_blocks(
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional, epsilon: float, ended: bool,
 ) -> tuple[Tensor, Optional, Optional, Optional]:  # fmt: skip
     """Outputs, what they were multiplied by if not normalised (denominators), and the end state if `ended`."""
-    plan, signs = blocks.plan, blocks.signs
-    state, sizes = (signs, plan.values, plan.features), (signs, plan.features)
+    plan = blocks.plan
+    state, sizes = (2, plan.values, plan.features), (2, plan.features)
     states, norms, decays = (
         blocks.new(blocks.blocks, *state, dtype=plan.dtype), blocks.new(blocks.blocks, *sizes), blocks.new(blocks.blocks)
     )  # fmt: skip
     starts, start_norms = blocks.new(blocks.splits, *state, dtype=plan.dtype), blocks.new(blocks.splits, *sizes)
-    sums, carry = blocks.new(blocks.splits, signs, plan.values + 1, plan.features), blocks.new(blocks.splits)
+    sums, carry = blocks.new(blocks.splits, 2, plan.values + 1, plan.features), blocks.new(blocks.splits)
     rounded = [None if x is None else x.to(plan.dtype) for x in maps[:2]]
     query_weight, key_weight, query_bias, key_bias = given(q, *rounded, *maps[2:])
     blocks.kernel("block_states")((k, v, *masks, key_weight, key_bias, states, norms, decays, sums, carry))
-    end_s, end_z = plan.new_state(signs // plan.signs) if ended else (None, None)
+    end_s, end_z = plan.new_state(2 // plan.signs) if ended else (None, None)
     blocks.kernel("split_states", STARTED=start_s is not None, ENDED=ended)(
         (sums, carry, *given(q, start_s, start_z), starts, start_norms, *given(q, end_s, end_z))
     )

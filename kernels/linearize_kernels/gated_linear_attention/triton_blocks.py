@@ -18,6 +18,7 @@ from linearize_kernels.gated_linear_attention.triton import (
     as_vector,
     load_gates,
     map_features,
+    ones_row,
     store_sums,
 )
 from linearize_kernels.tiles import (
@@ -42,19 +43,18 @@ def block_states(k, v, gate, mask, segments, key_weight, key_bias, states, norms
                  width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
                  MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                 BIAS: tl.constexpr, SIGNS: tl.constexpr, TILED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Before each block, [B * H, blocks]: states [SIGNS, values, features], norms [SIGNS, features] and the log of what
-    is left of the state at the split's start. What a split adds, and its log: sums and carry, as `add_up_splits`
-    writes them. Grid (B * H, N, value tiles).
+                 BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """Before each block, [B * H, blocks]: states [2, values, features], norms [2, features] and the log of what is left
+    of the state at the split's start. What a split adds, [B * H, N, 2, values + 1, features], and its log. Grid
+    (B * H, N, 2): each sign of the map is walked by itself.
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // H
     h = (row % H).to(tl.int32)
     split = tl.program_id(1)
-    column = tl.program_id(2) * V
-    tile: tl.constexpr = V if values > V else values
+    sign = tl.program_id(2)
     k += b * k_batch + (h // (H // KH)).to(tl.int64) * k_head
-    v += b * v_batch + (h // (H // VH)).to(tl.int64) * v_head + column
+    v += b * v_batch + (h // (H // VH)).to(tl.int64) * v_head
     gate += b * length * GH + h // (H // GH)
     mask += b * length
     segments += b * length
@@ -62,13 +62,12 @@ def block_states(k, v, gate, mask, segments, key_weight, key_bias, states, norms
     bias = tl.zeros((F,), tl.float32)
     if BIAS:
         bias = load_vector(key_bias + h * features, features, F)
-    state: tl.constexpr = values * features
-    sp = tl.zeros((V, F), tl.float32)
-    sn = sp
-    zp = tl.zeros((F,), tl.float32)
-    if TILED:
-        zp = as_tile(zp, F)
-    zn = zp
+    if sign == 1:
+        weight = -weight
+        bias = -bias
+    signs: tl.constexpr = 1 if MAP == "softmax" else 2  # that this sign's features depend on
+    s = tl.zeros((V, F), tl.float32)
+    z = as_tile(tl.zeros((F,), tl.float32), F)
     log_carry = tl.zeros((1,), tl.float32)
     first_chunk = split * blocks_a_split * (M // C)
     end_chunk = tl.minimum(first_chunk + blocks_a_split * (M // C), blocks * (M // C))
@@ -76,40 +75,34 @@ def block_states(k, v, gate, mask, segments, key_weight, key_bias, states, norms
     for chunk in range(first_chunk, end_chunk):
         first = chunk * C
         k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
-        v_tile = load_rows(v, first - delay, v_token, length, tile, C, V)
+        v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
         since, total, _half = load_gates(gate, first, GH, length, features, C, F, GATE)
         real = key_flags(mask, first, delay + skip, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
         if first % M == 0:
             place = row * blocks + first // M
-            store_matrix(states + place * SIGNS * state + column * features, sp, features, 1, tile, features, V, F)
-            if SIGNS == 2:
-                store_matrix(states + (place * SIGNS + 1) * state + column * features, sn, features, 1, tile, features,
-                             V, F)  # fmt: skip
-            if column == 0:
-                store_vector(norms + place * SIGNS * features, as_vector(zp, TILED), features, F)
-                if SIGNS == 2:
-                    store_vector(norms + (place * SIGNS + 1) * features, as_vector(zn, TILED), features, F)
+            store_matrix(states + (place * 2 + sign) * values * features, s, features, 1, values, features, V, F)
+            store_vector(norms + (place * 2 + sign) * features, as_vector(z, True), features, F)
+            if sign == 0:
                 tl.store(decays + place + tl.arange(0, 1), log_carry)
-        kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, SIGNS, PRECISION)
-        sp, sn, zp, zn, log_carry = add_keys(
-            sp, sn, zp, zn, log_carry, own, before, last, kp, kn, v_tile, since, total, C, PACKED, GATE, SIGNS, TILED,
-            PRECISION,
-        )  # fmt: skip
+        kp, _kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, signs, PRECISION)
+        s, _s, z, _z, log_carry = add_keys(
+            s, s, z, z, log_carry, own, before, last, kp, kp, v_tile, since, total, C, PACKED, GATE, 1, True, PRECISION
+        )
         before = last
     place = row * tl.num_programs(1) + split
-    whole: tl.constexpr = SIGNS * (values + 1) * features
-    store_sums(sums + place * whole, sp, sn, zp, zn, column, features, values, F, V, SIGNS, TILED)
-    tl.store(carry + place + tl.arange(0, 1), log_carry)
+    whole: tl.constexpr = (values + 1) * features
+    store_sums(sums + (place * 2 + sign) * whole, s, s, z, z, 0, features, values, F, V, 1, True)
+    if sign == 0:
+        tl.store(carry + place + tl.arange(0, 1), log_carry)
 
 
 @triton.jit
 def split_states(sums, carry, start_s, start_z, starts, start_norms, end_s, end_z, splits,
-                 features: tl.constexpr, values: tl.constexpr, F: tl.constexpr, SIGNS: tl.constexpr,
-                 STARTED: tl.constexpr, ENDED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """The states before each split, [B * H, N]: starts [SIGNS, values, features] and start_norms [SIGNS, features]; and
-    the state after the last. Grid (B * H, SIGNS, tiles of ROWS of a state's values + 1 rows, the last its normaliser).
+                 features: tl.constexpr, values: tl.constexpr, F: tl.constexpr, STARTED: tl.constexpr, ENDED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """The states before each split, [B * H, N]: starts [2, values, features] and start_norms [2, features]; and
+    the state after the last. Grid (B * H, 2, tiles of ROWS of a state's values + 1 rows, the last its normaliser).
     """
     head = tl.program_id(0).to(tl.int64)
     sign = tl.program_id(1)
@@ -122,29 +115,36 @@ def split_states(sums, carry, start_s, start_z, starts, start_norms, end_s, end_
     normed = (sign * features + f)[None, :] + 0 * row[:, None]
     running = tl.zeros((ROWS, F), tl.float32)
     if STARTED:
-        running += tl.load(start_s + head * SIGNS * features * values + turned, mask=value, other=0.0)
-        running += tl.load(start_z + head * SIGNS * features + normed, mask=norm, other=0.0)
+        running += tl.load(start_s + head * 2 * features * values + turned, mask=value, other=0.0)
+        running += tl.load(start_z + head * 2 * features + normed, mask=norm, other=0.0)
     block: tl.constexpr = (values + 1) * features
     for split in range(0, splits):
-        at = (head * splits + split) * SIGNS + sign
+        at = (head * splits + split) * 2 + sign
         kept = running.to(starts.dtype.element_ty)
         tl.store(starts + at * values * features + place, kept, mask=value)
         tl.store(start_norms + at * features + f[None, :] + 0 * row[:, None], running, mask=norm)
         keep = tl.exp(tl.load(carry + head * splits + split))
         running = running * keep + tl.load(sums + at * block + place, mask=value | norm, other=0.0)
     if ENDED:
-        tl.store(end_s + head * SIGNS * features * values + turned, running, mask=value)
-        tl.store(end_z + head * SIGNS * features + normed, running, mask=norm)
+        tl.store(end_s + head * 2 * features * values + turned, running, mask=value)
+        tl.store(end_z + head * 2 * features + normed, running, mask=norm)
 
 
 @triton.jit
-def earlier_state(states, norms, starts, start_norms, keep, features: tl.constexpr, values: tl.constexpr,
-                  tile: tl.constexpr, F: tl.constexpr, V: tl.constexpr):  # fmt: skip
-    """The state before a block, [V, F] in the dtype of `states`, and its normaliser [F] in fp32."""
-    grown = load_matrix(states, features, 1, tile, features, V, F)
-    start = load_matrix(starts, features, 1, tile, features, V, F).to(tl.float32)
-    norm = load_vector(norms, features, F) + load_vector(start_norms, features, F) * keep
-    return (start * keep + grown.to(tl.float32)).to(grown.dtype), norm
+def earlier_state(states, norms, starts, start_norms, place, start, keep, features: tl.constexpr, values: tl.constexpr,
+                  F: tl.constexpr, V: tl.constexpr, KEPT: tl.constexpr):  # fmt: skip
+    """The state before a block, [V, F] in the dtype of `states`, and its normaliser as `ones_row`. KEPT: nothing decays."""
+    s = load_matrix(states + place * values * features, features, 1, values, features, V, F)
+    at_start = load_matrix(starts + start * values * features, features, 1, values, features, V, F)
+    z = load_vector(norms + place * features, features, F)
+    z_at_start = load_vector(start_norms + start * features, features, F)
+    if KEPT:
+        s += at_start
+        z += z_at_start
+    else:
+        s = (at_start.to(tl.float32) * keep + s.to(tl.float32)).to(s.dtype)
+        z += z_at_start * keep
+    return s, ones_row(z, F, s.dtype)
 
 
 @triton.jit
@@ -155,10 +155,10 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
                   H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                   width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                   K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                  RUN: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr,
-                  PACKED: tl.constexpr, BIAS: tl.constexpr, SIGNS: tl.constexpr, NORMALISED: tl.constexpr,
-                  OTHER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """y and scale as `walk_forward` writes them; grid (programs of RUN chunks, B * H)."""
+                  MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+                  BIAS: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """y and scale as `walk_forward` writes them, of one chunk; grid (chunks, B * H)."""
     row = tl.program_id(1).to(tl.int64)
     b = row // H
     h = (row % H).to(tl.int32)
@@ -169,95 +169,88 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
     mask += b * length
     segments += b * length
     line = b * length * H + h
-    y += line * values
-    scale += line
-    other += line * values
-    other_den += line
     dtype = v.dtype.element_ty
+    chunk = tl.program_id(0)
+    first = chunk * C
+    block = first // M
     matrix = h * width * features
-    q_weight = load_matrix(query_weight + matrix, features, 1, width, features, K, F).to(dtype)
-    k_weight = load_matrix(key_weight + matrix, features, 1, width, features, K, F).to(dtype)
-    q_bias = tl.zeros((F,), tl.float32)
-    k_bias = q_bias
+    weight = load_matrix(query_weight + matrix, features, 1, width, features, K, F).to(dtype)
+    bias = tl.zeros((F,), tl.float32)
     if BIAS:
-        q_bias = load_vector(query_bias + h * features, features, F)
-        k_bias = load_vector(key_bias + h * features, features, F)
-    state: tl.constexpr = values * features
-    first_chunk = tl.program_id(0) * RUN
-    for chunk in range(first_chunk, tl.minimum(first_chunk + RUN, tl.cdiv(length, C))):
-        first = chunk * C
-        block = first // M
-        q_tile = load_rows(q, first, q_token, length, width, C, K)
-        inside = first + tl.arange(0, C) < length
-        qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, SIGNS, PRECISION)
-        own = documents(segments, first, length, C, PACKED)
-        before = document(segments, block * M - 1, length, PACKED)
-        since, _total, _half = load_gates(gate, first, GH, length, features, C, F, GATE)
-        since = tl.sum(since, 1)
-        if GATE == "head" and C < M:
-            since += tl.sum(tl.maximum(load_column(gate, block * M, GH, first, M), FORGOTTEN), 0)
+        bias = load_vector(query_bias + h * features, features, F)
+    q_tile = load_rows(q, first, q_token, length, width, C, K)
+    inside = first + tl.arange(0, C) < length
+    qp, qn, _u = map_features(q_tile, weight, bias, inside, features, MAP, True, F, 2, PRECISION)
+    own = documents(segments, first, length, C, PACKED)
+    since, _total, _half = load_gates(gate, first, GH, length, features, C, F, GATE)
+    since = tl.sum(since, 1)
+    if GATE == "head" and C < M:
+        since += tl.sum(tl.maximum(load_column(gate, block * M, GH, first, M), FORGOTTEN), 0)
 
-        num = tl.zeros((C, V), tl.float32)
-        den = tl.zeros((C,), tl.float32)
-        if C == M:
-            num, den = attend(num, den, qp, qn, own, since, k, v, gate, mask, segments, k_weight, k_bias, first, first,
-                              0.0, k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP,
-                              GATE, MASKED, PACKED, SIGNS, PRECISION)[:2]  # fmt: skip
-        else:
-            past = 0.0
-            for keys in range(block * (M // C), chunk + 1):
-                num, den, past = attend(num, den, qp, qn, own, since, k, v, gate, mask, segments, k_weight, k_bias,
-                                        first, keys * C, past, k_token, v_token, delay, skip, length, GH, width,
-                                        features, values, K, F, V, C, MAP, GATE, MASKED, PACKED, SIGNS,
-                                        PRECISION)  # fmt: skip
-        if GATE != "none":
-            read = tl.exp(since)[:, None]
-            qp = (qp * read).to(dtype)
-            qn = (qn * read).to(dtype)
-        if PACKED:
-            qp = tl.where((own == before)[:, None], qp, 0.0).to(dtype)
-            qn = tl.where((own == before)[:, None], qn, 0.0).to(dtype)
-        at = (row * blocks + block) * SIGNS
-        start = (row * splits + block // blocks_a_split) * SIGNS
-        keep = tl.exp(tl.load(decays + row * blocks + block))
-        s, z = earlier_state(states + at * state, norms + at * features, starts + start * state,
-                             start_norms + start * features, keep, features, values, values, F, V)  # fmt: skip
-        den += tl.sum(qp * z[None, :], 1)
-        num = tl.dot(qp, tl.trans(s), num, input_precision=PRECISION)
-        if SIGNS == 2:
-            s, z = earlier_state(states + (at + 1) * state, norms + (at + 1) * features, starts + (start + 1) * state,
-                                 start_norms + (start + 1) * features, keep, features, values, values, F,
-                                 V)  # fmt: skip
-            den += tl.sum(qn * z[None, :], 1)
-            num = tl.dot(qn, tl.trans(s), num, input_precision=PRECISION)
-        if OTHER:
-            weight = load_column(other_den, first, H, length, C)
-            num += load_rows(other, first, H * values, length, values, C, V).to(tl.float32) * weight[:, None]
-            den += weight
-        if NORMALISED:
-            den += epsilon
-            den = 1.0 / tl.where(den == 0, 1.0, den)
-            num *= den[:, None]
-        store_rows(y, num, first, H * values, length, values, C, V)
-        if SCALED:
-            store_column(scale, den, first, H, length, C)
+    weight = load_matrix(key_weight + matrix, features, 1, width, features, K, F).to(dtype)
+    if BIAS:
+        bias = load_vector(key_bias + h * features, features, F)
+    num = tl.zeros((C, V), tl.float32)
+    den = tl.zeros((C,), tl.float32)
+    past = 0.0
+    if C == M:
+        num, den, past = attend(
+            num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bias, first, first, past,
+            k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED, PACKED,
+            PRECISION,
+        )  # fmt: skip
+    else:
+        for keys in range(block * (M // C), chunk + 1):
+            num, den, past = attend(
+                num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bias, first, keys * C, past,
+                k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED,
+                PACKED, PRECISION,
+            )  # fmt: skip
+    if GATE != "none":
+        read = tl.exp(since)[:, None]
+        qp = (qp * read).to(dtype)
+        qn = (qn * read).to(dtype)
+    if PACKED:
+        goes_on = (own == document(segments, block * M - 1, length, PACKED))[:, None]
+        qp = tl.where(goes_on, qp, 0.0).to(dtype)
+        qn = tl.where(goes_on, qn, 0.0).to(dtype)
+    place = row * blocks + block
+    start = row * splits + block // blocks_a_split
+    keep = tl.exp(tl.load(decays + place))
+    kept: tl.constexpr = GATE == "none" and not PACKED
+    for sign in tl.static_range(2):
+        s, z = earlier_state(
+            states, norms, starts, start_norms, place * 2 + sign, start * 2 + sign, keep, features, values, F, V, kept
+        )
+        features_of_sign = qp if sign == 0 else qn
+        den += tl.sum(tl.dot(features_of_sign, tl.trans(z), input_precision=PRECISION), 1)
+        num = tl.dot(features_of_sign, tl.trans(s), num, input_precision=PRECISION)
+    if OTHER:
+        beside = load_column(other_den + line, first, H, length, C)
+        num += load_rows(other + line * values, first, H * values, length, values, C, V).to(tl.float32) * beside[:, None]
+        den += beside
+    if NORMALISED:
+        den += epsilon
+        den = 1.0 / tl.where(den == 0, 1.0, den)
+        num *= den[:, None]
+    store_rows(y + line * values, num, first, H * values, length, values, C, V)
+    if SCALED:
+        store_column(scale + line, den, first, H, length, C)
 
 
 @triton.jit
 def attend(num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bias, first, keys, past, k_token, v_token,
            delay, skip, length, GH: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
            K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr,
-           MASKED: tl.constexpr, PACKED: tl.constexpr, SIGNS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+           MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Numerator and denominator of the queries from token `first` on, with the keys from token `keys` on; `past`, the
     log decay from the block's start, is moved behind these keys.
     """
     k_tile = load_rows(k, keys - delay, k_token, length, width, C, K)
-    v_tile = load_rows(v, keys - delay, v_token, length, values, C, V)
     real = key_flags(mask, keys, delay + skip, length, C, MASKED)
-    kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, SIGNS, PRECISION)
+    kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, 2, PRECISION)
     score = tl.dot(qp, tl.trans(kp), input_precision=PRECISION)
-    if SIGNS == 2:
-        score = tl.dot(qn, tl.trans(kn), score, input_precision=PRECISION)
+    score = tl.dot(qn, tl.trans(kn), score, input_precision=PRECISION)
     seen = (first + tl.arange(0, C))[:, None] >= (keys + tl.arange(0, C))[None, :]
     if PACKED:
         seen = seen & (own[:, None] == documents(segments, keys, length, C, PACKED)[None, :])
@@ -266,6 +259,7 @@ def attend(num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bia
         log = since[:, None] - (past + tl.sum(key_since, 1))[None, :]
         score = score * tl.exp(tl.minimum(log, 0.0))
         past += tl.sum(total, 0)
+    v_tile = load_rows(v, keys - delay, v_token, length, values, C, V)
     rounded = tl.where(seen, score, 0.0).to(v_tile.dtype)  # as the numerator reads it
     den += tl.sum(rounded.to(tl.float32), 1)
     num = tl.dot(rounded, v_tile, num, input_precision=PRECISION)
