@@ -84,12 +84,13 @@ def signed_features(u, real, features, MAP: tl.constexpr, QUERY: tl.constexpr, F
         plus = tl.where(inside, plus, NOTHING)
         minus = tl.where(inside, minus, NOTHING)
     if MAP == "softmax":
-        p = tl.exp2(plus * LOG2_E - (tl.max(plus, 1) * LOG2_E)[:, None])
-        p = tl.maximum(p * (1.0 / tl.sum(p, 1))[:, None], MIN_FEATURE)
+        p = softmax(plus, 1, real, QUERY)
         n = p
         if SIGNS == 2:
-            n = tl.exp2(minus * LOG2_E - (tl.max(minus, 1) * LOG2_E)[:, None])
-            n = tl.maximum(n * (1.0 / tl.sum(n, 1))[:, None], MIN_FEATURE)
+            below = u
+            if features != F:
+                below = tl.where(inside, u, -NOTHING)
+            n = softmax(below, -1, real, QUERY)
     elif MAP == "softmax_joint":
         top = 2 * tl.maximum(tl.max(plus, 1), tl.max(minus, 1))
         p = tl.exp(2 * plus - top[:, None])
@@ -107,10 +108,27 @@ def signed_features(u, real, features, MAP: tl.constexpr, QUERY: tl.constexpr, F
     if features != F:
         p = tl.where(inside, p, 0.0)
         n = tl.where(inside, n, 0.0)
-    if not QUERY:
+    if not QUERY and MAP != "softmax":
         p = tl.where(real[:, None], p, 0.0)
         n = tl.where(real[:, None], n, 0.0)
     return p, n
+
+
+@triton.jit
+def softmax(u, SIGN: tl.constexpr, real, QUERY: tl.constexpr):
+    """softmax(SIGN u), [C, F]; no feature is below the smallest, and those of keys that are not `real` are 0: two
+    numbers of a row say so, which is cheaper than to look at each feature.
+    """
+    slope: tl.constexpr = SIGN * LOG2_E
+    top = tl.max(u, 1) if SIGN == 1 else tl.min(u, 1)
+    p = tl.exp2(u * slope - (top * slope)[:, None])
+    scale = 1.0 / tl.sum(p, 1)
+    if QUERY:
+        p = tl.maximum(p * scale[:, None], MIN_FEATURE)
+    else:
+        least = tl.where(real, MIN_FEATURE, 0.0)
+        p = tl.maximum(p * tl.where(real, scale, 0.0)[:, None], least[:, None])
+    return p
 
 
 @triton.jit

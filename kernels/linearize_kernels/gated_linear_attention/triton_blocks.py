@@ -191,7 +191,7 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
     if BIAS:
         bias = load_vector(key_bias + h * features, features, F)
     num = tl.zeros((C, V), tl.float32)
-    den = tl.zeros((C,), tl.float32)
+    den = tl.zeros((C, 16), tl.float32)  # its columns add up to the denominator
     past = 0.0
     if C == M:
         num, den, past = attend(
@@ -223,8 +223,9 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
             states, norms, starts, start_norms, place * 2 + sign, start * 2 + sign, keep, features, values, F, V, kept
         )
         features_of_sign = qp if sign == 0 else qn
-        den += tl.sum(tl.dot(features_of_sign, tl.trans(z), input_precision=PRECISION), 1)
+        den = tl.dot(features_of_sign, tl.trans(z), den, input_precision=PRECISION)
         num = tl.dot(features_of_sign, tl.trans(s), num, input_precision=PRECISION)
+    den = tl.sum(den, 1)
     if OTHER:
         beside = load_column(other_den + line, first, H, length, C)
         num += load_rows(other + line * values, first, H * values, length, values, C, V).to(tl.float32) * beside[:, None]
@@ -260,7 +261,8 @@ def attend(num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bia
         score = score * tl.exp(tl.minimum(log, 0.0))
         past += tl.sum(total, 0)
     v_tile = load_rows(v, keys - delay, v_token, length, values, C, V)
-    rounded = tl.where(seen, score, 0.0).to(v_tile.dtype)  # as the numerator reads it
-    den += tl.sum(rounded.to(tl.float32), 1)
+    rounded = (score * tl.where(seen, 1.0, 0.0)).to(v_tile.dtype)  # as the numerator reads it
+    one = tl.where(tl.arange(0, 16)[None, :] == 0, 1.0, tl.zeros((C, 16), tl.float32)).to(v_tile.dtype)
+    den = tl.dot(rounded, one, den, input_precision=PRECISION)
     num = tl.dot(rounded, v_tile, num, input_precision=PRECISION)
     return num, den, past
