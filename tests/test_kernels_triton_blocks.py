@@ -11,13 +11,14 @@ import torch
 pytest.importorskip("triton")
 
 from linearize_kernels import Branch, LinearState, configs, hedgehog_attention
-from linearize_kernels.gated_linear_attention import launch
+from linearize_kernels.gated_linear_attention import launch_blocks
 from linearize_kernels.hedgehog_attention import Map
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUTPUTS = {
     "a block is a chunk": configs.Launch(32, 4, 1, block=32),
     "two chunks a block": configs.Launch(32, 4, 1, block=64),
+    "three chunks a program": configs.Launch(16, 4, 1, block=32, run=3),
 }
 CASES = [  # T, H, G, K, F, V, bias, gate, other, packed, masked, state
     (100, 2, 1, 16, 16, 16, False, False, False, False, False, True),
@@ -30,8 +31,7 @@ CASES = [  # T, H, G, K, F, V, bias, gate, other, packed, masked, state
 @pytest.fixture(autouse=True)
 def several_splits(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Short splits, and outputs that are NaN until they are written."""
-    monkeypatch.setattr(launch, "SPLIT_UNIT", 64)
-    monkeypatch.setattr(launch, "MIN_SPLIT", 64)
+    monkeypatch.setattr(launch_blocks, "MIN_SPLIT", 64)
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -51,9 +51,13 @@ def test_blocks(case: tuple[Any, ...], how: str, feature_map: Any, monkeypatch: 
     inputs = [new(2, length, count, size) for count, size in ((heads, width), (groups, width), (groups, values))]
     maps = [Map(new(heads, width, features) * width**-0.5, new(heads, features) if bias else None) for _ in range(2)]
     gate = -0.3 * torch.rand(2, length, heads, device=DEVICE) if gated else None
-    state = LinearState(new(2, heads, 2 * features, values).abs(), new(2, heads, 2 * features).abs()) if started else None
+    state = (
+        LinearState(new(2, heads, 2 * features, values).abs(), new(2, heads, 2 * features).abs()) if started else None
+    )
     place = torch.arange(length, device=DEVICE)
-    documents = torch.stack([torch.bucketize(place, torch.tensor([1, 3, 30, 63, 64, 130, 140], device=DEVICE)), 0 * place])
+    documents = torch.stack(
+        [torch.bucketize(place, torch.tensor([1, 3, 30, 63, 64, 130, 140], device=DEVICE)), 0 * place]
+    )
     mask = torch.rand(2, length, device=DEVICE) > 0.3 if masked else None
     beside = Branch(new(2, length, heads, values), 0.2 + new(2, length, heads).abs()) if other else None
     arguments = (*inputs, *maps, feature_map, gate, state, documents if packed else None, mask)

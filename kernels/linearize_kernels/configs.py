@@ -27,6 +27,7 @@ class Launch(NamedTuple):
     stages: int
     values: int = 0
     block: int = 0
+    run: int = 1
 
 
 overrides: dict[str, Launch] = {}

@@ -85,7 +85,9 @@ class Plan:
         self.widest = max(self.constants["K"], f, self.constants["V"])
         self.variant = f"{feature_map} {self.gate_kind}"
         outputs = launch("block_outputs", self.dtype, self.widest, self.variant)
-        self.blocks = BlockPlan(self, outputs) if outputs.block and feature_map != "none" and self.carry_width == 1 else None
+        self.blocks = (
+            BlockPlan(self, outputs) if outputs.block and feature_map != "none" and self.carry_width == 1 else None
+        )
 
     def kernel(self, name: str, splits: int, *flags: tuple[str, bool]) -> Bound:
         """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""

@@ -17,8 +17,8 @@ from linearize_kernels.gated_linear_attention import triton_blocks as kernels
 if TYPE_CHECKING:
     from linearize_kernels.gated_linear_attention.launch import Plan
 
-SPLITS = 8
-"""Splits of a row at most: a block's state is the split's, added to what grew since."""
+PROGRAMS, MIN_SPLIT = 512, 256
+"""Programs that `block_states` aims for, and tokens of a split at least."""
 
 STATE_ROWS = 32
 """Rows of a state that a program of `split_states` adds up."""
@@ -33,10 +33,10 @@ class BlockPlan:
         self.plan, self.outputs, self.size = plan, outputs, outputs.block
         self.states = launch("block_states", plan.dtype, plan.widest, plan.variant)
         self.blocks = -(-plan.length // self.size)
-        splits = max(1, min(SPLITS, -(-plan.length // plan.tokens)))
+        splits = max(1, min(-(-PROGRAMS // (2 * plan.rows)), plan.length // MIN_SPLIT))
         self.blocks_a_split = -(-self.blocks // splits)
         self.splits = -(-self.blocks // self.blocks_a_split)
-        self.constants = plan.constants | {"M": self.size}
+        self.constants = plan.constants | {"M": self.size, "RUN": outputs.run}
         self.bound: dict[tuple[Any, ...], Bound] = {}
 
     def kernel(self, name: str, **flags: bool) -> Bound:
@@ -54,7 +54,10 @@ class BlockPlan:
         if name == "block_states":
             grid = (plan.rows, self.splits, 2)
         elif name == "block_outputs":
-            grid, numbers = (-(-plan.length // chosen.chunk), plan.rows, 1), (*plan.q_strides, *numbers, self.splits)
+            grid, numbers = (
+                (-(-plan.length // (chosen.chunk * chosen.run)), plan.rows, 1),
+                (*plan.q_strides, *numbers, self.splits),
+            )
         else:
             constants["ROWS"] = STATE_ROWS
             grid, numbers = (plan.rows, 2, -(-(plan.values + 1) // STATE_ROWS)), (self.splits,)

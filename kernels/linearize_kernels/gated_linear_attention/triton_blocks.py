@@ -155,7 +155,7 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
                   H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                   width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                   K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                  MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+                  RUN: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                   BIAS: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """y and scale as `walk_forward` writes them, of one chunk; grid (chunks, B * H)."""
@@ -170,39 +170,50 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
     segments += b * length
     line = b * length * H + h
     dtype = v.dtype.element_ty
-    chunk = tl.program_id(0)
+    matrix = h * width * features
+    q_weight = load_matrix(query_weight + matrix, features, 1, width, features, K, F).to(dtype)
+    k_weight = load_matrix(key_weight + matrix, features, 1, width, features, K, F).to(dtype)
+    q_bias = tl.zeros((F,), tl.float32)
+    k_bias = q_bias
+    if BIAS:
+        q_bias = load_vector(query_bias + h * features, features, F)
+        k_bias = load_vector(key_bias + h * features, features, F)
+    if RUN == 1:
+        chunk = tl.program_id(0)
+        chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
+    else:
+        first_chunk = tl.program_id(0) * RUN
+        for chunk in range(first_chunk, tl.minimum(first_chunk + RUN, tl.cdiv(length, C))):
+            chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
+
+
+@triton.jit
+def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H: tl.constexpr, GH: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    dtype = v.dtype.element_ty
     first = chunk * C
     block = first // M
-    matrix = h * width * features
-    weight = load_matrix(query_weight + matrix, features, 1, width, features, K, F).to(dtype)
-    bias = tl.zeros((F,), tl.float32)
-    if BIAS:
-        bias = load_vector(query_bias + h * features, features, F)
     q_tile = load_rows(q, first, q_token, length, width, C, K)
     inside = first + tl.arange(0, C) < length
-    qp, qn, _u = map_features(q_tile, weight, bias, inside, features, MAP, True, F, 2, PRECISION)
+    qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, 2, PRECISION)
     own = documents(segments, first, length, C, PACKED)
     since, _total, _half = load_gates(gate, first, GH, length, features, C, F, GATE)
     since = tl.sum(since, 1)
     if GATE == "head" and C < M:
         since += tl.sum(tl.maximum(load_column(gate, block * M, GH, first, M), FORGOTTEN), 0)
 
-    weight = load_matrix(key_weight + matrix, features, 1, width, features, K, F).to(dtype)
-    if BIAS:
-        bias = load_vector(key_bias + h * features, features, F)
     num = tl.zeros((C, V), tl.float32)
     den = tl.zeros((C, 16), tl.float32)  # its columns add up to the denominator
     past = 0.0
     if C == M:
         num, den, past = attend(
-            num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bias, first, first, past,
+            num, den, qp, qn, own, since, k, v, gate, mask, segments, k_weight, k_bias, first, first, past,
             k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED, PACKED,
             PRECISION,
         )  # fmt: skip
     else:
         for keys in range(block * (M // C), chunk + 1):
             num, den, past = attend(
-                num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bias, first, keys * C, past,
+                num, den, qp, qn, own, since, k, v, gate, mask, segments, k_weight, k_bias, first, keys * C, past,
                 k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED,
                 PACKED, PRECISION,
             )  # fmt: skip
@@ -228,7 +239,9 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
     den = tl.sum(den, 1)
     if OTHER:
         beside = load_column(other_den + line, first, H, length, C)
-        num += load_rows(other + line * values, first, H * values, length, values, C, V).to(tl.float32) * beside[:, None]
+        num += (
+            load_rows(other + line * values, first, H * values, length, values, C, V).to(tl.float32) * beside[:, None]
+        )
         den += beside
     if NORMALISED:
         den += epsilon
