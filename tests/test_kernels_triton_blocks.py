@@ -16,7 +16,7 @@ from linearize_kernels.hedgehog_attention import Map
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OUTPUTS = {
-    "a block is a chunk": configs.Launch(32, 4, 1, block=32),
+    "a block is a chunk": configs.Launch(32, 4, 4, block=32),
     "two chunks a block": configs.Launch(32, 4, 1, block=64),
     "three chunks a program": configs.Launch(16, 4, 1, block=32, run=3),
 }

@@ -36,7 +36,7 @@ class BlockPlan:
         splits = max(1, min(-(-PROGRAMS // (2 * plan.rows)), plan.length // MIN_SPLIT))
         self.blocks_a_split = -(-self.blocks // splits)
         self.splits = -(-self.blocks // self.blocks_a_split)
-        self.constants = plan.constants | {"M": self.size, "RUN": outputs.run}
+        self.constants = plan.constants | {"M": self.size, "RUN": outputs.run, "AHEAD": outputs.stages}
         self.bound: dict[tuple[Any, ...], Bound] = {}
 
     def kernel(self, name: str, **flags: bool) -> Bound:

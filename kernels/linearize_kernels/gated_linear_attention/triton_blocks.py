@@ -155,7 +155,7 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
                   H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                   width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
                   K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                  RUN: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+                  RUN: tl.constexpr, AHEAD: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                   BIAS: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
     """y and scale as `walk_forward` writes them, of one chunk; grid (chunks, B * H)."""
@@ -180,19 +180,30 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
         k_bias = load_vector(key_bias + h * features, features, F)
     if RUN == 1:
         chunk = tl.program_id(0)
-        chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
+        chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, AHEAD, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
     else:
         first_chunk = tl.program_id(0) * RUN
         for chunk in range(first_chunk, tl.minimum(first_chunk + RUN, tl.cdiv(length, C))):
-            chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
+            chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, AHEAD, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
 
 
 @triton.jit
-def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H: tl.constexpr, GH: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H: tl.constexpr, GH: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr, AHEAD: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     dtype = v.dtype.element_ty
     first = chunk * C
     block = first // M
     q_tile = load_rows(q, first, q_token, length, width, C, K)
+    place = row * blocks + block
+    start = row * splits + block // blocks_a_split
+    keep = tl.exp(tl.load(decays + place))
+    kept: tl.constexpr = GATE == "none" and not PACKED
+    if AHEAD > 1 and C == M:
+        k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+        v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
+    if AHEAD > 2:
+        sp, zp = earlier_state(
+            states, norms, starts, start_norms, place * 2, start * 2, keep, features, values, F, V, kept
+        )
     inside = first + tl.arange(0, C) < length
     qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, 2, PRECISION)
     own = documents(segments, first, length, C, PACKED)
@@ -204,16 +215,25 @@ def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_b
     num = tl.zeros((C, V), tl.float32)
     den = tl.zeros((C, 16), tl.float32)  # its columns add up to the denominator
     past = 0.0
+    if AHEAD > 3:
+        sn, zn = earlier_state(
+            states, norms, starts, start_norms, place * 2 + 1, start * 2 + 1, keep, features, values, F, V, kept
+        )
     if C == M:
+        if AHEAD <= 1:
+            k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+            v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
         num, den, past = attend(
-            num, den, qp, qn, own, since, k, v, gate, mask, segments, k_weight, k_bias, first, first, past,
+            num, den, qp, qn, own, since, k_tile, v_tile, gate, mask, segments, k_weight, k_bias, first, first, past,
             k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED, PACKED,
             PRECISION,
         )  # fmt: skip
     else:
         for keys in range(block * (M // C), chunk + 1):
+            k_tile = load_rows(k, keys * C - delay, k_token, length, width, C, K)
+            v_tile = load_rows(v, keys * C - delay, v_token, length, values, C, V)
             num, den, past = attend(
-                num, den, qp, qn, own, since, k, v, gate, mask, segments, k_weight, k_bias, first, keys * C, past,
+                num, den, qp, qn, own, since, k_tile, v_tile, gate, mask, segments, k_weight, k_bias, first, keys * C, past,
                 k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED,
                 PACKED, PRECISION,
             )  # fmt: skip
@@ -225,17 +245,18 @@ def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_b
         goes_on = (own == document(segments, block * M - 1, length, PACKED))[:, None]
         qp = tl.where(goes_on, qp, 0.0).to(dtype)
         qn = tl.where(goes_on, qn, 0.0).to(dtype)
-    place = row * blocks + block
-    start = row * splits + block // blocks_a_split
-    keep = tl.exp(tl.load(decays + place))
-    kept: tl.constexpr = GATE == "none" and not PACKED
-    for sign in tl.static_range(2):
-        s, z = earlier_state(
-            states, norms, starts, start_norms, place * 2 + sign, start * 2 + sign, keep, features, values, F, V, kept
+    if AHEAD <= 2:
+        sp, zp = earlier_state(
+            states, norms, starts, start_norms, place * 2, start * 2, keep, features, values, F, V, kept
         )
-        features_of_sign = qp if sign == 0 else qn
-        den = tl.dot(features_of_sign, tl.trans(z), den, input_precision=PRECISION)
-        num = tl.dot(features_of_sign, tl.trans(s), num, input_precision=PRECISION)
+    den = tl.dot(qp, tl.trans(zp), den, input_precision=PRECISION)
+    num = tl.dot(qp, tl.trans(sp), num, input_precision=PRECISION)
+    if AHEAD <= 3:
+        sn, zn = earlier_state(
+            states, norms, starts, start_norms, place * 2 + 1, start * 2 + 1, keep, features, values, F, V, kept
+        )
+    den = tl.dot(qn, tl.trans(zn), den, input_precision=PRECISION)
+    num = tl.dot(qn, tl.trans(sn), num, input_precision=PRECISION)
     den = tl.sum(den, 1)
     if OTHER:
         beside = load_column(other_den + line, first, H, length, C)
@@ -253,14 +274,13 @@ def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_b
 
 
 @triton.jit
-def attend(num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bias, first, keys, past, k_token, v_token,
+def attend(num, den, qp, qn, own, since, k_tile, v_tile, gate, mask, segments, weight, bias, first, keys, past, k_token, v_token,
            delay, skip, length, GH: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
            K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr,
            MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Numerator and denominator of the queries from token `first` on, with the keys from token `keys` on; `past`, the
     log decay from the block's start, is moved behind these keys.
     """
-    k_tile = load_rows(k, keys - delay, k_token, length, width, C, K)
     real = key_flags(mask, keys, delay + skip, length, C, MASKED)
     kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, 2, PRECISION)
     score = tl.dot(qp, tl.trans(kp), input_precision=PRECISION)
@@ -273,7 +293,6 @@ def attend(num, den, qp, qn, own, since, k, v, gate, mask, segments, weight, bia
         log = since[:, None] - (past + tl.sum(key_since, 1))[None, :]
         score = score * tl.exp(tl.minimum(log, 0.0))
         past += tl.sum(total, 0)
-    v_tile = load_rows(v, keys - delay, v_token, length, values, C, V)
     rounded = (score * tl.where(seen, 1.0, 0.0)).to(v_tile.dtype)  # as the numerator reads it
     one = tl.where(tl.arange(0, 16)[None, :] == 0, 1.0, tl.zeros((C, 16), tl.float32)).to(v_tile.dtype)
     den = tl.dot(rounded, one, den, input_precision=PRECISION)
