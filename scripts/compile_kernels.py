@@ -51,6 +51,7 @@ from linearize_kernels import (
 )
 from linearize_kernels.distillation_loss import LossWeights, distillation_terms
 from linearize_kernels.gated_delta import gated_delta_rule
+from linearize_kernels.gated_linear_attention.launch_blocks import BLOCKS_FROM
 from linearize_kernels.hedgehog_attention import Map
 from linearize_kernels.ssd import ssd
 
@@ -90,6 +91,21 @@ def _hedgehog_with_all() -> list[Tensor]:
     gate, mask = new(B, T, H, dtype=FP32), torch.ones(B, T, dtype=torch.bool)
     y, end = hedgehog_attention(q, k, v, *maps, "softmax", gate, state, _documents(), mask, other=other)
     return [y, *end]
+
+
+@torch.no_grad()
+def _by_blocks(all_options: bool) -> list[Tensor]:
+    """A long sequence that nobody differentiates."""
+    long = BLOCKS_FROM
+    q, k, v = new(B, long, H, 128), new(B, long, G, 128), new(B, long, G, 128)
+    maps = [Map(new(H, 128, 128, dtype=FP32), new(H, 128, dtype=FP32) if all_options else None) for _ in range(2)]
+    if not all_options:
+        return [hedgehog_attention(q, k, v, *maps, last=True)[0]]
+    state = LinearState(new(B, H, 256, 128, dtype=FP32), new(B, H, 256, dtype=FP32))
+    other = Branch(new(B, long, H, 128), new(B, long, H, dtype=FP32))
+    gate, mask = new(B, long, H, dtype=FP32), torch.ones(B, long, dtype=torch.bool)
+    documents = (torch.arange(long) // 100).expand(B, -1).contiguous()
+    return [hedgehog_attention(q, k, v, *maps, "softmax", gate, state, documents, mask, other=other)[0]]
 
 
 def _gated(width: int, dtype: torch.dtype, per_channel: bool) -> list[Tensor]:
@@ -169,6 +185,8 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "hedgehog 64": lambda: _hedgehog(64, BF16),
     "hedgehog 64, all options": _hedgehog_with_all,
     "hedgehog 128": lambda: _hedgehog(128, BF16),
+    "hedgehog 128, by blocks": lambda: _by_blocks(False),
+    "hedgehog 128, by blocks, all options": lambda: _by_blocks(True),
     "hedgehog 64, fp32": lambda: _hedgehog(64, FP32),
     "exp 80": lambda: _hedgehog(80, BF16, "exp"),
     "decay per channel 64": lambda: _gated(64, BF16, True),

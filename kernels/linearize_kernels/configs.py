@@ -19,15 +19,13 @@ TABLE = Path(__file__).with_name("configs.json")
 class Launch(NamedTuple):
     """C tokens of a chunk, warps of a program, loads in flight, and values of a tile (0: all of a head's).
 
-    `block_outputs`: tokens between states that go through memory (0: `walk_forward` is used, and none does).
+    `block_outputs` of 0 tokens: `walk_forward` does its work.
     """
 
     chunk: int
     warps: int
     stages: int
     values: int = 0
-    block: int = 0
-    run: int = 1
 
 
 overrides: dict[str, Launch] = {}
@@ -55,6 +53,10 @@ def default(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch
         return Launch(2048, 8, 2)  # not tuned yet: 16 bytes of bf16 a thread
     if kernel == "window_step":
         return Launch(64 if width <= 64 else 32, 8, 1)  # not tuned yet: few programs, which wait for memory
+    if kernel in ("block_states", "block_outputs"):
+        if dtype != torch.bfloat16 or width != 128:
+            return Launch(0, 1, 1)  # not tuned yet: states of 256 or of fp32 would be cut into tiles
+        return Launch(64, 4, 1) if kernel == "block_states" else Launch(128, 8, 1)
     if dtype != torch.bfloat16:
         return Launch(32 if width <= 64 else 16, 4 if width <= 64 else 8, 1)
     if kernel == "window_forward":

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.bound import Bound, forms, given, plan_for
-from linearize_kernels.configs import launch
+from linearize_kernels.configs import Launch, launch
 from linearize_kernels.gated_linear_attention import triton as kernels
-from linearize_kernels.gated_linear_attention.launch_blocks import BlockPlan, walk_blocks
+from linearize_kernels.gated_linear_attention.launch_blocks import BlockPlan, by_blocks, walk_blocks
 from linearize_kernels.operations import differentiate, operation, power
 
 SPLIT_UNIT = 128
@@ -82,12 +82,12 @@ class Plan:
         self.q_strides = q.stride()[:3]
         self.key_strides = (*k.stride()[:3], *v.stride()[:3], delay, skip)
         self.bound: dict[tuple[Any, ...], Bound] = {}
-        self.widest = max(self.constants["K"], f, self.constants["V"])
-        self.variant = f"{feature_map} {self.gate_kind}"
-        outputs = launch("block_outputs", self.dtype, self.widest, self.variant)
-        self.blocks = (
-            BlockPlan(self, outputs) if outputs.block and feature_map != "none" and self.carry_width == 1 else None
-        )
+        self.blocks = BlockPlan(self) if by_blocks(self) else None
+
+    def chosen(self, name: str) -> Launch:
+        """How the launch table starts a kernel for these sizes."""
+        widest = max(self.constants["K"], self.constants["F"], self.constants["V"])
+        return launch(name, self.dtype, widest, f"{self.feature_map} {self.gate_kind}")
 
     def kernel(self, name: str, splits: int, *flags: tuple[str, bool]) -> Bound:
         """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""
@@ -99,7 +99,7 @@ class Plan:
     def _bind(self, name: str, splits: int, flags: dict[str, bool]) -> Bound:
         function = getattr(kernels, name)
         constants = self.constants | flags | {"TILED": "gradients" not in name}
-        chosen = launch(name, self.dtype, self.widest, self.variant)
+        chosen = self.chosen(name)
         grid: tuple[int, ...] = (self.rows, splits)
         if name in FORWARD:
             if chosen.values and self.values % chosen.values == 0:
@@ -185,14 +185,11 @@ def _walk(
     """`walk`; where not `kept`, without what only its backward pass reads, and without the state if not `ended`."""
     maps = (query_weight, key_weight, query_bias, key_bias)
     plan = find_plan(q, k, v, gate, mask, segments, *maps, feature_map, normalised, delay, skip)
-    if plan.blocks is not None and not kept:
-        found = walk_blocks(
-            plan.blocks, q, k, v, given(q, gate, mask, segments), maps, other, other_den, start_s, start_z, epsilon,
-            ended,
-        )  # fmt: skip
-        return *found, None, None
-    all_sums, all_carries = plan.new_sums(plan.passes) if kept or plan.splits > 1 else (None, None)
     masks = given(q, gate, mask, segments)
+    if plan.blocks is not None and not kept:  # the backward pass needs the sums of splits that follow
+        states = (other, other_den, start_s, start_z)
+        return *walk_blocks(plan.blocks, q, k, v, masks, maps, *states, epsilon, ended), None, None
+    all_sums, all_carries = plan.new_sums(plan.passes) if kept or plan.splits > 1 else (None, None)
     before: tuple[Tensor, Tensor] | None = None
     ends = []
     for number in range(plan.passes):

@@ -1,6 +1,10 @@
 """The kernels of triton_blocks.py: the forward walk where running states go through memory, one of a block of tokens.
 
-Shape legend in __init__.py; N splits, M tokens of a block.
+For calls that nobody differentiates. Training keeps `walk_forward`: the backward walks need the sums of its splits.
+States are freed when the call returns. They take 2 * V * F numbers of v's dtype for each block and query head: 64 KiB
+for 128 tokens of a head of 128 in bf16, half of what q, k, v and y take of as many heads.
+
+Shape legend in __init__.py; N splits.
 """
 
 from __future__ import annotations
@@ -11,15 +15,19 @@ import torch
 from torch import Tensor
 
 from linearize_kernels.bound import Bound, given
-from linearize_kernels.configs import Launch, launch
+from linearize_kernels.configs import Launch
 from linearize_kernels.gated_linear_attention import triton_blocks as kernels
 
 if TYPE_CHECKING:
     from linearize_kernels.gated_linear_attention.launch import Plan
 
-PROGRAMS, MIN_SPLIT = 512, 256
+BLOCKS_FROM = 2048
+"""Tokens of a sequence, at least: shorter ones were not measured, and one program of the walk goes through them."""
+
+PROGRAMS, MIN_SPLIT = 256, 256
 """Programs that `block_states` aims for, and tokens of a split at least."""
 
+SPLIT_STATES = Launch(0, 4, 1)
 STATE_ROWS = 32
 """Rows of a state that a program of `split_states` adds up."""
 
@@ -27,44 +35,38 @@ Optional = Tensor | None
 
 
 class BlockPlan:
-    """Bound kernels of a plan whose launch table asks for blocks."""
+    """What a plan's walk by blocks adds to it: how the sequence is cut, and bound kernels."""
 
-    def __init__(self, plan: Plan, outputs: Launch) -> None:
-        self.plan, self.outputs, self.size = plan, outputs, outputs.block
-        self.states = launch("block_states", plan.dtype, plan.widest, plan.variant)
-        self.blocks = -(-plan.length // self.size)
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.outputs, self.states = plan.chosen("block_outputs"), plan.chosen("block_states")
+        self.blocks = -(-plan.length // self.outputs.chunk)
         splits = max(1, min(-(-PROGRAMS // (2 * plan.rows)), plan.length // MIN_SPLIT))
         self.blocks_a_split = -(-self.blocks // splits)
         self.splits = -(-self.blocks // self.blocks_a_split)
-        self.constants = plan.constants | {"M": self.size, "RUN": outputs.run, "AHEAD": outputs.stages}
         self.bound: dict[tuple[Any, ...], Bound] = {}
 
     def kernel(self, name: str, **flags: bool) -> Bound:
         """A kernel of triton_blocks.py, bound; `flags` are the constants that depend on the call."""
-        key = (name, *flags.values())
-        found = self.bound.get(key)
+        found = self.bound.get((name, *flags.values()))
         if found is None:
-            found = self.bound[key] = self._bind(name, flags)
+            found = self.bound[name, *flags.values()] = self._bind(name, flags)
         return found
 
     def _bind(self, name: str, flags: dict[str, bool]) -> Bound:
-        plan, constants = self.plan, self.constants | flags
-        chosen = self.states if name == "block_states" else self.outputs
-        numbers: tuple[int, ...] = (*plan.key_strides, plan.length, self.blocks_a_split, self.blocks)
-        if name == "block_states":
-            grid = (plan.rows, self.splits, 2)
-        elif name == "block_outputs":
-            grid, numbers = (
-                (-(-plan.length // (chosen.chunk * chosen.run)), plan.rows, 1),
-                (*plan.q_strides, *numbers, self.splits),
-            )
-        else:
-            constants["ROWS"] = STATE_ROWS
-            grid, numbers = (plan.rows, 2, -(-(plan.values + 1) // STATE_ROWS)), (self.splits,)
-            chosen = Launch(0, 4, 1)
+        plan = self.plan
+        cut = (plan.length, self.blocks_a_split, self.blocks)
+        tiles = -(-(plan.values + 1) // STATE_ROWS)
+        grid, numbers, chosen = {
+            "block_states": ((plan.rows, self.splits, 2), (*plan.key_strides, *cut), self.states),
+            "split_states": ((plan.rows, 2, tiles), (self.splits,), SPLIT_STATES),
+            "block_outputs": (
+                (plan.rows * self.blocks,), (*plan.q_strides, *plan.key_strides, *cut, self.splits), self.outputs
+            ),
+        }[name]  # fmt: skip
         function = getattr(kernels, name)
-        constants["C"] = chosen.chunk
-        constants = {key: value for key, value in constants.items() if key in function.arg_names}
+        own = {"C": chosen.chunk, "CHUNKS": self.outputs.chunk // self.states.chunk, "ROWS": STATE_ROWS}
+        constants = {key: x for key, x in (plan.constants | flags | own).items() if key in function.arg_names}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
         return Bound(function, grid, numbers, constants | options, plan.device)
 
@@ -73,22 +75,31 @@ class BlockPlan:
         return self.plan.new(self.plan.rows, number, *sizes, dtype=dtype)
 
 
+def by_blocks(plan: Plan) -> bool:
+    """Whether calls of this plan go by blocks: where the walk would go through q, k and v once for each sign, in shape
+    classes whose launch table does not say 0 tokens.
+    """
+    two_passes = plan.passes == 2 and plan.gate_kind != "feature"
+    return two_passes and plan.length >= BLOCKS_FROM and plan.chosen("block_outputs").chunk > 0
+
+
 def walk_blocks(
     blocks: BlockPlan, q: Tensor, k: Tensor, v: Tensor, masks: list[Tensor], maps: tuple[Optional, ...],
     other: Optional, other_den: Optional, start_s: Optional, start_z: Optional, epsilon: float, ended: bool,
 ) -> tuple[Tensor, Optional, Optional, Optional]:  # fmt: skip
-    """Outputs, what they were multiplied by if not normalised (denominators), and the end state if `ended`."""
+    """Outputs; denominators, if not normalised; and the end state, if `ended`."""
     plan = blocks.plan
-    state, sizes = (2, plan.values, plan.features), (2, plan.features)
-    states, norms, decays = (
-        blocks.new(blocks.blocks, *state, dtype=plan.dtype), blocks.new(blocks.blocks, *sizes), blocks.new(blocks.blocks)
-    )  # fmt: skip
-    starts, start_norms = blocks.new(blocks.splits, *state, dtype=plan.dtype), blocks.new(blocks.splits, *sizes)
-    sums, carry = blocks.new(blocks.splits, 2, plan.values + 1, plan.features), blocks.new(blocks.splits)
-    rounded = [None if x is None else x.to(plan.dtype) for x in maps[:2]]
+    state, norm = (2, plan.values, plan.features), (2, plan.features)
+    states, starts = (blocks.new(n, *state, dtype=plan.dtype) for n in (blocks.blocks, blocks.splits))
+    norms, start_norms = (blocks.new(n, *norm) for n in (blocks.blocks, blocks.splits))
+    sums, decays, carry = (
+        blocks.new(blocks.splits, 2, plan.values + 1, plan.features),
+        *map(blocks.new, (blocks.blocks, blocks.splits)),
+    )
+    rounded = [None if x is None else x.to(plan.dtype) for x in maps[:2]]  # once, not by every program
     query_weight, key_weight, query_bias, key_bias = given(q, *rounded, *maps[2:])
     blocks.kernel("block_states")((k, v, *masks, key_weight, key_bias, states, norms, decays, sums, carry))
-    end_s, end_z = plan.new_state(2 // plan.signs) if ended else (None, None)
+    end_s, end_z = plan.new_state(plan.passes) if ended else (None, None)
     blocks.kernel("split_states", STARTED=start_s is not None, ENDED=ended)(
         (sums, carry, *given(q, start_s, start_z), starts, start_norms, *given(q, end_s, end_z))
     )

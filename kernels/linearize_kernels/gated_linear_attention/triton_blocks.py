@@ -1,9 +1,13 @@
-"""The walk of triton.py in another order, where the states of both signs of a map do not fit the registers: running
-states go through memory, one of a block of M tokens, and every chunk of outputs is a program of its own.
+"""The forward walk of triton.py in another order, for softmax maps whose states of both signs do not fit the registers:
+running states go through memory, one for each block of C tokens, and the outputs of every block are a program's.
 
-`block_states` walks the keys of a split and writes the state before each block, as it grew since the split's start.
-`split_states` adds up the splits. `block_outputs` adds the two, and the block's own keys up to each query. Features are
-made twice, from q and k in registers, and never go through memory. Decays are none or one per head.
+`block_states` walks the keys of a split, for each sign by itself, and writes the state before each block as it grew
+since the split's start. `split_states` adds up the splits. `block_outputs` reads the sum of the two, and adds the
+block's own keys up to each query. Keys are mapped twice, and features never go through memory. Decays are none or one
+per head. All three count states in int64: they have more than 2^31 numbers.
+
+Whoever sums rows by a product with ones: the tile of ones is [16, C], transposed where it stands on the right. A
+constant [C, 16] there is compiled by Triton 3.6 to reads behind the end of shared memory.
 """
 
 from __future__ import annotations
@@ -12,10 +16,10 @@ import triton
 import triton.language as tl
 
 from linearize_kernels.gated_linear_attention.triton import (
-    FORGOTTEN,
     add_keys,
     as_tile,
     as_vector,
+    keep_pairs,
     load_gates,
     map_features,
     ones_row,
@@ -41,12 +45,12 @@ def block_states(k, v, gate, mask, segments, key_weight, key_bias, states, norms
                  k_batch, k_token, k_head, v_batch, v_token, v_head, delay, skip, length, blocks_a_split, blocks,
                  H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                  width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
-                 K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                 MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
+                 K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, CHUNKS: tl.constexpr,
+                 GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
                  BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Before each block, [B * H, blocks]: states [2, values, features], norms [2, features] and the log of what is left
-    of the state at the split's start. What a split adds, [B * H, N, 2, values + 1, features], and its log. Grid
-    (B * H, N, 2): each sign of the map is walked by itself.
+    """Before each block of CHUNKS chunks, [B * H, blocks]: states [2, values, features], norms [2, features], and
+    decays, the log of what is left of the state at the split's start. For each split, [B * H, N]: sums
+    [2, values + 1, features], what it adds, and carry, the log of what it leaves. Grid (B * H, N, 2 signs).
     """
     row = tl.program_id(0).to(tl.int64)
     b = row // H
@@ -65,12 +69,11 @@ def block_states(k, v, gate, mask, segments, key_weight, key_bias, states, norms
     if sign == 1:
         weight = -weight
         bias = -bias
-    signs: tl.constexpr = 1 if MAP == "softmax" else 2  # that this sign's features depend on
     s = tl.zeros((V, F), tl.float32)
     z = as_tile(tl.zeros((F,), tl.float32), F)
     log_carry = tl.zeros((1,), tl.float32)
-    first_chunk = split * blocks_a_split * (M // C)
-    end_chunk = tl.minimum(first_chunk + blocks_a_split * (M // C), blocks * (M // C))
+    first_chunk = split * blocks_a_split * CHUNKS
+    end_chunk = tl.minimum(first_chunk + blocks_a_split * CHUNKS, blocks * CHUNKS)
     before = document(segments, first_chunk * C - 1, length, PACKED)
     for chunk in range(first_chunk, end_chunk):
         first = chunk * C
@@ -80,71 +83,77 @@ def block_states(k, v, gate, mask, segments, key_weight, key_bias, states, norms
         real = key_flags(mask, first, delay + skip, length, C, MASKED)
         own = documents(segments, first, length, C, PACKED)
         last = document(segments, first + C - 1, length, PACKED)
-        if first % M == 0:
-            place = row * blocks + first // M
+        if chunk % CHUNKS == 0:
+            place = row * blocks + chunk // CHUNKS
             store_matrix(states + (place * 2 + sign) * values * features, s, features, 1, values, features, V, F)
             store_vector(norms + (place * 2 + sign) * features, as_vector(z, True), features, F)
             if sign == 0:
                 tl.store(decays + place + tl.arange(0, 1), log_carry)
-        kp, _kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, signs, PRECISION)
+        x, _x, _u = map_features(k_tile, weight, bias, real, features, "softmax", False, F, 1, PRECISION)
         s, _s, z, _z, log_carry = add_keys(
-            s, s, z, z, log_carry, own, before, last, kp, kp, v_tile, since, total, C, PACKED, GATE, 1, True, PRECISION
+            s, s, z, z, log_carry, own, before, last, x, x, v_tile, since, total, C, PACKED, GATE, 1, True, PRECISION
         )
         before = last
     place = row * tl.num_programs(1) + split
-    whole: tl.constexpr = (values + 1) * features
-    store_sums(sums + (place * 2 + sign) * whole, s, s, z, z, 0, features, values, F, V, 1, True)
+    block: tl.constexpr = (values + 1) * features
+    store_sums(sums + (place * 2 + sign) * block, s, s, z, z, 0, features, values, F, V, 1, True)
     if sign == 0:
         tl.store(carry + place + tl.arange(0, 1), log_carry)
 
 
 @triton.jit
 def split_states(sums, carry, start_s, start_z, starts, start_norms, end_s, end_z, splits,
-                 features: tl.constexpr, values: tl.constexpr, F: tl.constexpr, STARTED: tl.constexpr, ENDED: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
-    """The states before each split, [B * H, N]: starts [2, values, features] and start_norms [2, features]; and
-    the state after the last. Grid (B * H, 2, tiles of ROWS of a state's values + 1 rows, the last its normaliser).
+                 features: tl.constexpr, values: tl.constexpr, F: tl.constexpr, ROWS: tl.constexpr,
+                 STARTED: tl.constexpr, ENDED: tl.constexpr):  # fmt: skip
+    """The states before each split, [B * H, N]: starts [2, values, features] and start_norms [2, features]; and the
+    state after the last. Grid (B * H, 2 signs, tiles of ROWS of a state's values + 1 rows, the last its normaliser).
     """
     head = tl.program_id(0).to(tl.int64)
     sign = tl.program_id(1)
-    row = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
-    f = tl.arange(0, F)
-    value = (row < values)[:, None] & (f < features)[None, :]
-    norm = (row == values)[:, None] & (f < features)[None, :]
-    place = row[:, None] * features + f[None, :]
-    turned = (sign * features + f)[None, :] * values + row[:, None]
-    normed = (sign * features + f)[None, :] + 0 * row[:, None]
+    row = (tl.program_id(2) * ROWS + tl.arange(0, ROWS))[:, None]
+    column = tl.arange(0, F)[None, :]
+    value = (row < values) & (column < features)
+    norm = (row == values) & (column < features)
+    end_value = end_s + head * 2 * features * values + (sign * features + column) * values + row
+    end_norm = end_z + head * 2 * features + sign * features + column + 0 * row
     running = tl.zeros((ROWS, F), tl.float32)
     if STARTED:
-        running += tl.load(start_s + head * 2 * features * values + turned, mask=value, other=0.0)
-        running += tl.load(start_z + head * 2 * features + normed, mask=norm, other=0.0)
-    block: tl.constexpr = (values + 1) * features
+        start_value = start_s + head * 2 * features * values + (sign * features + column) * values + row
+        start_norm = start_z + head * 2 * features + sign * features + column + 0 * row
+        running += tl.load(start_value, mask=value, other=0.0) + tl.load(start_norm, mask=norm, other=0.0)
     for split in range(0, splits):
-        at = (head * splits + split) * 2 + sign
+        place = (head * splits + split) * 2 + sign
         kept = running.to(starts.dtype.element_ty)
-        tl.store(starts + at * values * features + place, kept, mask=value)
-        tl.store(start_norms + at * features + f[None, :] + 0 * row[:, None], running, mask=norm)
-        keep = tl.exp(tl.load(carry + head * splits + split))
-        running = running * keep + tl.load(sums + at * block + place, mask=value | norm, other=0.0)
+        tl.store(starts + place * values * features + row * features + column, kept, mask=value)
+        tl.store(start_norms + place * features + column + 0 * row, running, mask=norm)
+        added = sums + place * (values + 1) * features + row * features + column
+        running *= tl.exp(tl.load(carry + head * splits + split))
+        running += tl.load(added, mask=value | norm, other=0.0)
     if ENDED:
-        tl.store(end_s + head * 2 * features * values + turned, running, mask=value)
-        tl.store(end_z + head * 2 * features + normed, running, mask=norm)
+        tl.store(end_value, running, mask=value)
+        tl.store(end_norm, running, mask=norm)
 
 
 @triton.jit
-def earlier_state(states, norms, starts, start_norms, place, start, keep, features: tl.constexpr, values: tl.constexpr,
-                  F: tl.constexpr, V: tl.constexpr, KEPT: tl.constexpr):  # fmt: skip
-    """The state before a block, [V, F] in the dtype of `states`, and its normaliser as `ones_row`. KEPT: nothing decays."""
+def read_state(num, den, x, states, norms, starts, start_norms, place, start, keep,
+               features: tl.constexpr, values: tl.constexpr, F: tl.constexpr, V: tl.constexpr,
+               GATE: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
+    """num [C, V] and den [C, 16], with what features x [C, F] find in the state before their block: `keep` of the
+    state at number `start`, and what came since, at number `place`.
+    """
     s = load_matrix(states + place * values * features, features, 1, values, features, V, F)
     at_start = load_matrix(starts + start * values * features, features, 1, values, features, V, F)
     z = load_vector(norms + place * features, features, F)
     z_at_start = load_vector(start_norms + start * features, features, F)
-    if KEPT:
+    if GATE == "none" and not PACKED:  # all is kept, and fp32 would only cost time: the sum is rounded once, too
         s += at_start
         z += z_at_start
     else:
         s = (at_start.to(tl.float32) * keep + s.to(tl.float32)).to(s.dtype)
         z += z_at_start * keep
-    return s, ones_row(z, F, s.dtype)
+    den = tl.dot(x, tl.trans(ones_row(z, F, s.dtype)), den, input_precision=PRECISION)
+    num = tl.dot(x, tl.trans(s), num, input_precision=PRECISION)
+    return num, den
 
 
 @triton.jit
@@ -154,12 +163,14 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
                   blocks_a_split, blocks, splits,
                   H: tl.constexpr, KH: tl.constexpr, VH: tl.constexpr, GH: tl.constexpr,
                   width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
-                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr,
-                  RUN: tl.constexpr, AHEAD: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr,
-                  BIAS: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
+                  K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
+                  GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
+                  NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """y and scale as `walk_forward` writes them, of one chunk; grid (chunks, B * H)."""
-    row = tl.program_id(1).to(tl.int64)
+    """y and scale of one block, as `walk_forward` writes them; grid (B * H * blocks): a head's blocks side by side."""
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    block = tl.program_id(0) % blocks
+    first = block * C
     b = row // H
     h = (row % H).to(tl.int32)
     q += b * q_batch + h.to(tl.int64) * q_head
@@ -178,91 +189,49 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
     if BIAS:
         q_bias = load_vector(query_bias + h * features, features, F)
         k_bias = load_vector(key_bias + h * features, features, F)
-    if RUN == 1:
-        chunk = tl.program_id(0)
-        chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, AHEAD, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
-    else:
-        first_chunk = tl.program_id(0) * RUN
-        for chunk in range(first_chunk, tl.minimum(first_chunk + RUN, tl.cdiv(length, C))):
-            chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H, GH, width, features, values, K, F, V, C, M, AHEAD, MAP, GATE, MASKED, PACKED, NORMALISED, OTHER, SCALED, PRECISION)  # fmt: skip
 
-
-@triton.jit
-def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_bias, other, other_den, states, norms, decays, starts, start_norms, y, scale, epsilon, row, line, chunk, q_token, k_token, v_token, delay, skip, length, blocks_a_split, blocks, splits, H: tl.constexpr, GH: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr, K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, M: tl.constexpr, AHEAD: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    dtype = v.dtype.element_ty
-    first = chunk * C
-    block = first // M
+    # the block's own keys
     q_tile = load_rows(q, first, q_token, length, width, C, K)
-    place = row * blocks + block
-    start = row * splits + block // blocks_a_split
-    keep = tl.exp(tl.load(decays + place))
-    kept: tl.constexpr = GATE == "none" and not PACKED
-    if AHEAD > 1 and C == M:
-        k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
-        v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
-    if AHEAD > 2:
-        sp, zp = earlier_state(
-            states, norms, starts, start_norms, place * 2, start * 2, keep, features, values, F, V, kept
-        )
     inside = first + tl.arange(0, C) < length
-    qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, MAP, True, F, 2, PRECISION)
+    qp, qn, _u = map_features(q_tile, q_weight, q_bias, inside, features, "softmax", True, F, 2, PRECISION)
+    k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+    v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
+    real = key_flags(mask, first, delay + skip, length, C, MASKED)
+    kp, kn, _u = map_features(k_tile, k_weight, k_bias, real, features, "softmax", False, F, 2, PRECISION)
     own = documents(segments, first, length, C, PACKED)
     since, _total, _half = load_gates(gate, first, GH, length, features, C, F, GATE)
-    since = tl.sum(since, 1)
-    if GATE == "head" and C < M:
-        since += tl.sum(tl.maximum(load_column(gate, block * M, GH, first, M), FORGOTTEN), 0)
+    score = tl.dot(qp, tl.trans(kp), input_precision=PRECISION)
+    score = tl.dot(qn, tl.trans(kn), score, input_precision=PRECISION)
+    score = keep_pairs(score, own, since, C, PACKED, GATE, False).to(dtype)
+    one = ones_row(tl.full((C,), 1.0, tl.float32), C, dtype)
+    den = tl.dot(score, tl.trans(one), input_precision=PRECISION)  # its columns add up to the denominator
+    num = tl.dot(score, v_tile, input_precision=PRECISION)
 
-    num = tl.zeros((C, V), tl.float32)
-    den = tl.zeros((C, 16), tl.float32)  # its columns add up to the denominator
-    past = 0.0
-    if AHEAD > 3:
-        sn, zn = earlier_state(
-            states, norms, starts, start_norms, place * 2 + 1, start * 2 + 1, keep, features, values, F, V, kept
-        )
-    if C == M:
-        if AHEAD <= 1:
-            k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
-            v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
-        num, den, past = attend(
-            num, den, qp, qn, own, since, k_tile, v_tile, gate, mask, segments, k_weight, k_bias, first, first, past,
-            k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED, PACKED,
-            PRECISION,
-        )  # fmt: skip
-    else:
-        for keys in range(block * (M // C), chunk + 1):
-            k_tile = load_rows(k, keys * C - delay, k_token, length, width, C, K)
-            v_tile = load_rows(v, keys * C - delay, v_token, length, values, C, V)
-            num, den, past = attend(
-                num, den, qp, qn, own, since, k_tile, v_tile, gate, mask, segments, k_weight, k_bias, first, keys * C, past,
-                k_token, v_token, delay, skip, length, GH, width, features, values, K, F, V, C, MAP, GATE, MASKED,
-                PACKED, PRECISION,
-            )  # fmt: skip
+    # the state before it, of each sign
     if GATE != "none":
-        read = tl.exp(since)[:, None]
+        read = tl.exp(since)
         qp = (qp * read).to(dtype)
         qn = (qn * read).to(dtype)
     if PACKED:
-        goes_on = (own == document(segments, block * M - 1, length, PACKED))[:, None]
+        goes_on = (own == document(segments, first - 1, length, PACKED))[:, None]
         qp = tl.where(goes_on, qp, 0.0).to(dtype)
         qn = tl.where(goes_on, qn, 0.0).to(dtype)
-    if AHEAD <= 2:
-        sp, zp = earlier_state(
-            states, norms, starts, start_norms, place * 2, start * 2, keep, features, values, F, V, kept
-        )
-    den = tl.dot(qp, tl.trans(zp), den, input_precision=PRECISION)
-    num = tl.dot(qp, tl.trans(sp), num, input_precision=PRECISION)
-    if AHEAD <= 3:
-        sn, zn = earlier_state(
-            states, norms, starts, start_norms, place * 2 + 1, start * 2 + 1, keep, features, values, F, V, kept
-        )
-    den = tl.dot(qn, tl.trans(zn), den, input_precision=PRECISION)
-    num = tl.dot(qn, tl.trans(sn), num, input_precision=PRECISION)
+    place = row * blocks + block
+    start = row * splits + block // blocks_a_split
+    keep = tl.exp(tl.load(decays + place))
+    num, den = read_state(
+        num, den, qp, states, norms, starts, start_norms, place * 2, start * 2, keep,
+        features, values, F, V, GATE, PACKED, PRECISION,
+    )  # fmt: skip
+    num, den = read_state(
+        num, den, qn, states, norms, starts, start_norms, place * 2 + 1, start * 2 + 1, keep,
+        features, values, F, V, GATE, PACKED, PRECISION,
+    )  # fmt: skip
     den = tl.sum(den, 1)
     if OTHER:
         beside = load_column(other_den + line, first, H, length, C)
-        num += (
-            load_rows(other + line * values, first, H * values, length, values, C, V).to(tl.float32) * beside[:, None]
-        )
+        other_tile = load_rows(other + line * values, first, H * values, length, values, C, V)
+        num += other_tile.to(tl.float32) * beside[:, None]
         den += beside
     if NORMALISED:
         den += epsilon
@@ -271,30 +240,3 @@ def chunk_outputs(q, k, v, gate, mask, segments, q_weight, k_weight, q_bias, k_b
     store_rows(y + line * values, num, first, H * values, length, values, C, V)
     if SCALED:
         store_column(scale + line, den, first, H, length, C)
-
-
-@triton.jit
-def attend(num, den, qp, qn, own, since, k_tile, v_tile, gate, mask, segments, weight, bias, first, keys, past, k_token, v_token,
-           delay, skip, length, GH: tl.constexpr, width: tl.constexpr, features: tl.constexpr, values: tl.constexpr,
-           K: tl.constexpr, F: tl.constexpr, V: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr, GATE: tl.constexpr,
-           MASKED: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Numerator and denominator of the queries from token `first` on, with the keys from token `keys` on; `past`, the
-    log decay from the block's start, is moved behind these keys.
-    """
-    real = key_flags(mask, keys, delay + skip, length, C, MASKED)
-    kp, kn, _u = map_features(k_tile, weight, bias, real, features, MAP, False, F, 2, PRECISION)
-    score = tl.dot(qp, tl.trans(kp), input_precision=PRECISION)
-    score = tl.dot(qn, tl.trans(kn), score, input_precision=PRECISION)
-    seen = (first + tl.arange(0, C))[:, None] >= (keys + tl.arange(0, C))[None, :]
-    if PACKED:
-        seen = seen & (own[:, None] == documents(segments, keys, length, C, PACKED)[None, :])
-    if GATE == "head":
-        key_since, total, _half = load_gates(gate, keys, GH, length, features, C, F, GATE)
-        log = since[:, None] - (past + tl.sum(key_since, 1))[None, :]
-        score = score * tl.exp(tl.minimum(log, 0.0))
-        past += tl.sum(total, 0)
-    rounded = (score * tl.where(seen, 1.0, 0.0)).to(v_tile.dtype)  # as the numerator reads it
-    one = tl.where(tl.arange(0, 16)[None, :] == 0, 1.0, tl.zeros((C, 16), tl.float32)).to(v_tile.dtype)
-    den = tl.dot(rounded, one, den, input_precision=PRECISION)
-    num = tl.dot(rounded, v_tile, num, input_precision=PRECISION)
-    return num, den, past
