@@ -43,6 +43,7 @@ from linearize_kernels import (
     Token,
     backend,
     causal_convs,
+    configs,
     gated_linear_attention,
     hedgehog_attention,
     rotary,
@@ -95,8 +96,10 @@ def _hedgehog_with_all() -> list[Tensor]:
 
 @torch.no_grad()
 def _by_blocks(all_options: bool) -> list[Tensor]:
-    """A long sequence that nobody differentiates."""
+    """A long sequence that nobody differentiates; all options go by blocks where they are chosen, by default or not."""
     long = BLOCKS_FROM
+    chosen = {name: configs.default(name, BF16, 128, "softmax none") for name in ("block_states", "block_outputs")}
+    configs.overrides.update(chosen)
     q, k, v = new(B, long, H, 128), new(B, long, G, 128), new(B, long, G, 128)
     maps = [Map(new(H, 128, 128, dtype=FP32), new(H, 128, dtype=FP32) if all_options else None) for _ in range(2)]
     if not all_options:
@@ -285,6 +288,7 @@ def compile_case(case: str) -> dict[str, Compiled | str]:
     """Every kernel that an operation and its gradients launch."""
     torch.manual_seed(0)
     found: dict[str, Compiled | str] = {}
+    configs.overrides.clear()
     with compiling_instead(found):
         outputs = [x for x in CASES[case]() if x.requires_grad]
         if outputs:

@@ -24,16 +24,19 @@ from linearize_kernels.gated_linear_attention.launch import walk
 from linearize_kernels.hedgehog_attention import hedgehog_features
 from linearize_kernels.windowed_linear_attention.chunk import window_sums
 
-FORWARD = ("add_up_splits", "walk_forward", "window_forward")
+FORWARD = ("add_up_splits", "walk_forward", "window_forward", "block_states", "block_outputs")
 WALK = ("add_up_splits", "walk_forward", "add_up_splits_backwards", "walk_query_gradients", "walk_key_gradients")
+BLOCKS = ("block_states", "block_outputs")
 WINDOW = ("window_forward", "window_query_gradients", "window_key_gradients")
 PLAIN = configs.Launch(32, 4, 1)
+NOT_USED = configs.Launch(0, 1, 1)
 WIDTH = 64  # of the window
 
 CASES: dict[str, tuple[str, str, int, tuple[int, int, int]]] = {  # feature map or window, gate, head width, (B, H, T)
     "hedgehog 64": ("softmax", "none", 64, (4, 16, 8192)),
     "hedgehog 64, decay": ("softmax", "head", 64, (4, 16, 8192)),
     "hedgehog 128": ("softmax", "none", 128, (1, 32, 16384)),
+    "hedgehog 128, by blocks": ("softmax", "none", 128, (1, 32, 16384)),
     "per-channel decay 64": ("none", "feature", 64, (4, 16, 8192)),
     "window 64": ("window", "none", 64, (4, 16, 8192)),
     "window 128": ("window", "none", 128, (1, 32, 16384)),
@@ -43,9 +46,15 @@ CASES: dict[str, tuple[str, str, int, tuple[int, int, int]]] = {  # feature map 
 }
 
 
+def kernels_of(case: str) -> tuple[str, ...]:
+    return WINDOW if CASES[case][0] == "window" else BLOCKS if case.endswith("by blocks") else WALK
+
+
 def candidates(kernel: str, width: int, gate: str) -> list[configs.Launch]:
     """Every tile, warp and stage count worth a try."""
     chunks = (32, 64) if gate == "feature" or "gradients" in kernel else (32, 64, 128)
+    if kernel == "block_outputs":
+        chunks = (128,)  # a multiple of what `block_states` may choose; shorter blocks take more memory
     tiles = (0, 64) if kernel in WALK[:2] and width > 64 else (0,)
     warps = (4,) if width <= 64 else (4, 8)
     return [
@@ -104,6 +113,14 @@ def reference(case: str, made: dict[str, Any]) -> Tensor:
     return num / den.unsqueeze(-1)
 
 
+def checked(case: str, how: Any, made: dict[str, Any], weight: Tensor) -> list[Tensor]:
+    """What `how`, `run` or `reference`, returns; with gradients, but for kernels that only run without."""
+    if kernels_of(case) == BLOCKS:
+        with torch.no_grad():
+            return [how(case, made).float()]
+    return with_gradients(how(case, made), made, weight)
+
+
 def with_gradients(y: Tensor, made: dict[str, Any], weight: Tensor) -> list[Tensor]:
     leaves = [x for x in made.values() if x is not None]
     return [y.float(), *(x.float() for x in torch.autograd.grad(y, leaves, weight.to(y.dtype)))]
@@ -111,13 +128,13 @@ def with_gradients(y: Tensor, made: dict[str, Any], weight: Tensor) -> list[Tens
 
 def errors(case: str, made: dict[str, Any], exact: list[Tensor], weight: Tensor) -> list[float]:
     """Relative errors of outputs and gradients."""
-    found = with_gradients(run(case, made), made, weight)
+    found = checked(case, run, made, weight)
     return [float((a - b).norm() / b.norm()) for a, b in zip(found, exact, strict=True)]
 
 
 def use(case: str, chosen: dict[str, configs.Launch]) -> None:
     configs.overrides.clear()
-    configs.overrides.update(chosen)
+    configs.overrides.update({"block_outputs": NOT_USED} | chosen)
 
 
 def compile_one(job: tuple[str, dict[str, configs.Launch], bool]) -> str:
@@ -126,7 +143,8 @@ def compile_one(job: tuple[str, dict[str, configs.Launch], bool]) -> str:
     try:
         use(case, chosen)
         made = inputs(case)
-        y = run(case, made)
+        with torch.set_grad_enabled(kernels_of(case) != BLOCKS):
+            y = run(case, made)
         if backward:
             with_gradients(y, made, torch.randn_like(y))
         torch.cuda.synchronize()
@@ -152,13 +170,11 @@ def tune(case: str, pool: ProcessPoolExecutor, table: dict[str, list[int]]) -> N
     """The best configuration of each kernel for this case."""
     feature_map, gate, width, _ = CASES[case]
     variant = "window" if feature_map == "window" else f"{feature_map} {gate}"
-    best = {
-        kernel: configs.default(kernel, torch.bfloat16, width, variant)
-        for kernel in (WINDOW if feature_map == "window" else WALK)
-    }
-    small = inputs(case, 1008)  # the same compiled kernels as for the long one, and a chunk that is not full
+    best = {kernel: configs.default(kernel, torch.bfloat16, width, variant) for kernel in kernels_of(case)}
+    tokens = 3056 if kernels_of(case) == BLOCKS else 1008  # a chunk that is not full
+    small = inputs(case, tokens)  # the same compiled kernels as for the long one
     weight = torch.randn(small["v"].shape, device="cuda")
-    exact = with_gradients(reference(case, small), small, weight)
+    exact = checked(case, reference, small, weight)
     use(case, dict.fromkeys(best, PLAIN if width <= 64 else PLAIN._replace(warps=8)))
     allowed = [2 * error + 1e-5 for error in errors(case, small, exact, weight)]
     made = inputs(case)

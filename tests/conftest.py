@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def interpreter_knows_bfloat16() -> None:
     """Triton's interpreter (3.6) cuts fp32 to bfloat16 where hardware rounds, and multiplies matrices of the 16-bit
-    integers that bfloat16 numbers are kept in.
+    integers that bfloat16 numbers are kept in, as it adds and subtracts them.
     """
     if os.environ.get("TRITON_INTERPRET") != "1" or find_spec("triton") is None:
         return
@@ -70,7 +70,12 @@ def interpreter_knows_bfloat16() -> None:
         rounded = torch.from_numpy(source.data.astype("float32")).to(torch.bfloat16)
         return TensorHandle(rounded.view(torch.int16).numpy().view("uint16"), bfloat16)
 
+    def in_fp32(operation: Any) -> Any:
+        return lambda self, left, right: cast_impl(self, operation(self, widened(left), widened(right)), left.dtype)
+
     InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fadd = in_fp32(InterpreterBuilder.create_fadd)
+    InterpreterBuilder.create_fsub = in_fp32(InterpreterBuilder.create_fsub)
     InterpreterBuilder.cast_impl = cast_impl
 
 

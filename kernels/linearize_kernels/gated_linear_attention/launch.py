@@ -86,8 +86,9 @@ class Plan:
 
     def chosen(self, name: str) -> Launch:
         """How the launch table starts a kernel for these sizes."""
-        widest = max(self.constants["K"], self.constants["F"], self.constants["V"])
-        return launch(name, self.dtype, widest, f"{self.feature_map} {self.gate_kind}")
+        return launch(
+            name, self.dtype, max(self.constants[size] for size in "KFV"), f"{self.feature_map} {self.gate_kind}"
+        )
 
     def kernel(self, name: str, splits: int, *flags: tuple[str, bool]) -> Bound:
         """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""
@@ -186,7 +187,7 @@ def _walk(
     maps = (query_weight, key_weight, query_bias, key_bias)
     plan = find_plan(q, k, v, gate, mask, segments, *maps, feature_map, normalised, delay, skip)
     masks = given(q, gate, mask, segments)
-    if plan.blocks is not None and not kept:  # the backward pass needs the sums of splits that follow
+    if plan.blocks is not None and not kept:  # the backward pass needs the sums below
         states = (other, other_den, start_s, start_z)
         return *walk_blocks(plan.blocks, q, k, v, masks, maps, *states, epsilon, ended), None, None
     all_sums, all_carries = plan.new_sums(plan.passes) if kept or plan.splits > 1 else (None, None)
@@ -380,17 +381,9 @@ def _differentiate(ctx: Any, dy: Optional, d_scale: Optional, d_s: Optional, d_z
     tensors, outputs = saved[:14], saved[14:]
     dy = torch.zeros_like(outputs[0]) if dy is None else dy
     found = walk_backward(
-        dy,
-        None if ctx.normalised else d_scale,
-        d_s,
-        d_z,
-        *tensors,
-        ctx.feature_map,
-        ctx.normalised,
-        ctx.delay,
-        ctx.skip,
-        *outputs,
-    )
+        dy, None if ctx.normalised else d_scale, d_s, d_z, *tensors, ctx.feature_map, ctx.normalised, ctx.delay,
+        ctx.skip, *outputs,
+    )  # fmt: skip
     gradients: list[Optional] = [None] * 20
     for place, gradient in zip(DIFFERENTIABLE, found, strict=True):
         tensor = tensors[place]

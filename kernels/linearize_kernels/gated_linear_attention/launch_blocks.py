@@ -28,6 +28,8 @@ PROGRAMS, MIN_SPLIT = 256, 256
 """Programs that `block_states` aims for, and tokens of a split at least."""
 
 SPLIT_STATES = Launch(0, 4, 1)
+"""How `split_states`, which has no chunks, is launched."""
+
 STATE_ROWS = 32
 """Rows of a state that a program of `split_states` adds up."""
 
@@ -54,18 +56,17 @@ class BlockPlan:
         return found
 
     def _bind(self, name: str, flags: dict[str, bool]) -> Bound:
-        plan = self.plan
+        plan, outputs = self.plan, self.outputs
         cut = (plan.length, self.blocks_a_split, self.blocks)
+        sides = (*plan.q_strides, *plan.key_strides)
         tiles = -(-(plan.values + 1) // STATE_ROWS)
         grid, numbers, chosen = {
             "block_states": ((plan.rows, self.splits, 2), (*plan.key_strides, *cut), self.states),
             "split_states": ((plan.rows, 2, tiles), (self.splits,), SPLIT_STATES),
-            "block_outputs": (
-                (plan.rows * self.blocks,), (*plan.q_strides, *plan.key_strides, *cut, self.splits), self.outputs
-            ),
-        }[name]  # fmt: skip
+            "block_outputs": ((self.blocks, plan.heads, plan.batch), (*sides, *cut, self.splits), outputs),
+        }[name]
         function = getattr(kernels, name)
-        own = {"C": chosen.chunk, "CHUNKS": self.outputs.chunk // self.states.chunk, "ROWS": STATE_ROWS}
+        own = {"C": chosen.chunk, "CHUNKS": outputs.chunk // self.states.chunk, "ROWS": STATE_ROWS}
         constants = {key: x for key, x in (plan.constants | flags | own).items() if key in function.arg_names}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
         return Bound(function, grid, numbers, constants | options, plan.device)
@@ -79,8 +80,9 @@ def by_blocks(plan: Plan) -> bool:
     """Whether calls of this plan go by blocks: where the walk would go through q, k and v once for each sign, in shape
     classes whose launch table does not say 0 tokens.
     """
-    two_passes = plan.passes == 2 and plan.gate_kind != "feature"
-    return two_passes and plan.length >= BLOCKS_FROM and plan.chosen("block_outputs").chunk > 0
+    if plan.passes == 1 or plan.gate_kind == "feature" or plan.length < BLOCKS_FROM:
+        return False
+    return plan.values > 16 and plan.chosen("block_outputs").chunk > 0  # 16: a fault of Triton's, see triton_blocks.py
 
 
 def walk_blocks(
@@ -89,13 +91,11 @@ def walk_blocks(
 ) -> tuple[Tensor, Optional, Optional, Optional]:  # fmt: skip
     """Outputs; denominators, if not normalised; and the end state, if `ended`."""
     plan = blocks.plan
-    state, norm = (2, plan.values, plan.features), (2, plan.features)
-    states, starts = (blocks.new(n, *state, dtype=plan.dtype) for n in (blocks.blocks, blocks.splits))
-    norms, start_norms = (blocks.new(n, *norm) for n in (blocks.blocks, blocks.splits))
-    sums, decays, carry = (
-        blocks.new(blocks.splits, 2, plan.values + 1, plan.features),
-        *map(blocks.new, (blocks.blocks, blocks.splits)),
-    )
+    state, norm, counts = (2, plan.values, plan.features), (2, plan.features), (blocks.blocks, blocks.splits)
+    states, starts = (blocks.new(count, *state, dtype=plan.dtype) for count in counts)
+    norms, start_norms = (blocks.new(count, *norm) for count in counts)
+    decays, carry = (blocks.new(count) for count in counts)
+    sums = blocks.new(blocks.splits, 2, plan.values + 1, plan.features)
     rounded = [None if x is None else x.to(plan.dtype) for x in maps[:2]]  # once, not by every program
     query_weight, key_weight, query_bias, key_bias = given(q, *rounded, *maps[2:])
     blocks.kernel("block_states")((k, v, *masks, key_weight, key_bias, states, norms, decays, sums, carry))

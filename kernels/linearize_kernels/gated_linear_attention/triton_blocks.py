@@ -6,8 +6,8 @@ since the split's start. `split_states` adds up the splits. `block_outputs` read
 block's own keys up to each query. Keys are mapped twice, and features never go through memory. Decays are none or one
 per head. All three count states in int64: they have more than 2^31 numbers.
 
-Whoever sums rows by a product with ones: the tile of ones is [16, C], transposed where it stands on the right. A
-constant [C, 16] there is compiled by Triton 3.6 to reads behind the end of shared memory.
+Where a product has a right operand of 16 columns, it is a [16, C] tile transposed: as a [C, 16] tile, in a layout of
+its own, Triton 3.6 reads it past the end of shared memory. Values of 16 columns would be such a tile.
 """
 
 from __future__ import annotations
@@ -72,31 +72,31 @@ def block_states(k, v, gate, mask, segments, key_weight, key_bias, states, norms
     s = tl.zeros((V, F), tl.float32)
     z = as_tile(tl.zeros((F,), tl.float32), F)
     log_carry = tl.zeros((1,), tl.float32)
-    first_chunk = split * blocks_a_split * CHUNKS
-    end_chunk = tl.minimum(first_chunk + blocks_a_split * CHUNKS, blocks * CHUNKS)
-    before = document(segments, first_chunk * C - 1, length, PACKED)
-    for chunk in range(first_chunk, end_chunk):
-        first = chunk * C
-        k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
-        v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
-        since, total, _half = load_gates(gate, first, GH, length, features, C, F, GATE)
-        real = key_flags(mask, first, delay + skip, length, C, MASKED)
-        own = documents(segments, first, length, C, PACKED)
-        last = document(segments, first + C - 1, length, PACKED)
-        if chunk % CHUNKS == 0:
-            place = row * blocks + chunk // CHUNKS
-            store_matrix(states + (place * 2 + sign) * values * features, s, features, 1, values, features, V, F)
-            store_vector(norms + (place * 2 + sign) * features, as_vector(z, True), features, F)
-            if sign == 0:
-                tl.store(decays + place + tl.arange(0, 1), log_carry)
-        x, _x, _u = map_features(k_tile, weight, bias, real, features, "softmax", False, F, 1, PRECISION)
-        s, _s, z, _z, log_carry = add_keys(
-            s, s, z, z, log_carry, own, before, last, x, x, v_tile, since, total, C, PACKED, GATE, 1, True, PRECISION
-        )
-        before = last
+    first_block = split * blocks_a_split
+    before = document(segments, first_block * CHUNKS * C - 1, length, PACKED)
+    for block in range(first_block, tl.minimum(first_block + blocks_a_split, blocks)):
+        place = row * blocks + block
+        store_matrix(states + (place * 2 + sign) * values * features, s, features, 1, values, features, V, F)
+        store_vector(norms + (place * 2 + sign) * features, as_vector(z, True), features, F)
+        if sign == 0:
+            tl.store(decays + place + tl.arange(0, 1), log_carry)
+        for chunk in range(0, CHUNKS):
+            first = (block * CHUNKS + chunk) * C
+            k_tile = load_rows(k, first - delay, k_token, length, width, C, K)
+            v_tile = load_rows(v, first - delay, v_token, length, values, C, V)
+            since, total, _half = load_gates(gate, first, GH, length, features, C, F, GATE)
+            real = key_flags(mask, first, delay + skip, length, C, MASKED)
+            own = documents(segments, first, length, C, PACKED)
+            last = document(segments, first + C - 1, length, PACKED)
+            x, _x, _u = map_features(k_tile, weight, bias, real, features, "softmax", False, F, 1, PRECISION)
+            s, _s, z, _z, log_carry = add_keys(
+                s, s, z, z, log_carry, own, before, last, x, x, v_tile, since, total,
+                C, PACKED, GATE, 1, True, PRECISION,
+            )  # fmt: skip
+            before = last
     place = row * tl.num_programs(1) + split
-    block: tl.constexpr = (values + 1) * features
-    store_sums(sums + (place * 2 + sign) * block, s, s, z, z, 0, features, values, F, V, 1, True)
+    whole: tl.constexpr = (values + 1) * features
+    store_sums(sums + (place * 2 + sign) * whole, s, s, z, z, 0, features, values, F, V, 1, True)
     if sign == 0:
         tl.store(carry + place + tl.arange(0, 1), log_carry)
 
@@ -167,12 +167,12 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
                   GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
                   NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """y and scale of one block, as `walk_forward` writes them; grid (B * H * blocks): a head's blocks side by side."""
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
+    """y and scale of one block, as `walk_forward` writes them; grid (blocks, H, B): a head's blocks side by side."""
+    block = tl.program_id(0)
+    h = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    row = b * H + h
     first = block * C
-    b = row // H
-    h = (row % H).to(tl.int32)
     q += b * q_batch + h.to(tl.int64) * q_head
     k += b * k_batch + (h // (H // KH)).to(tl.int64) * k_head
     v += b * v_batch + (h // (H // VH)).to(tl.int64) * v_head

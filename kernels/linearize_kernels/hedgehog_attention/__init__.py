@@ -2,8 +2,8 @@
 
     y_t = sum_j<=t phi_q(q_t).phi_k(k_j) v_j / sum_j<=t phi_q(q_t).phi_k(k_j),  phi(x) = [f(xW + b) ; f(-(xW + b))]
 
-with an optional decay per head and another branch under the same denominator. On a GPU neither features nor running
-states of the whole sequence go through memory.
+with an optional decay per head and another branch under the same denominator. On a GPU no features go through memory,
+and running states only where those of both signs do not fit a program: one of every 128 tokens.
 
 Shape legend: B batch, T tokens, H query heads with a map each, G key/value heads (H = G * N), K head width, F features
 per sign, V value width.
