@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 
 CASES = (
     ("hedgehog 64, all options",),
+    ("hedgehog 128, by blocks", "hedgehog 128, by blocks, all options"),
     ("exp 80",),
     ("decay per channel 64",),
     ("window 64", "rotary", "convolutions", "distillation loss", "steps"),

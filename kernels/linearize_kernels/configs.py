@@ -55,7 +55,7 @@ def default(kernel: str, dtype: torch.dtype, width: int, variant: str) -> Launch
         return Launch(64 if width <= 64 else 32, 8, 1)  # not tuned yet: few programs, which wait for memory
     if kernel in ("block_states", "block_outputs"):
         if (dtype, width, variant) != (torch.bfloat16, 128, "softmax none"):
-            return Launch(0, 1, 1)  # not measured, and wider states or those of fp32 would have to be cut into tiles
+            return Launch(0, 1, 1)  # not measured
         return Launch(64, 4, 1) if kernel == "block_states" else Launch(128, 8, 1)
     if dtype != torch.bfloat16:
         return Launch(32 if width <= 64 else 16, 4 if width <= 64 else 8, 1)

@@ -4,7 +4,7 @@ running states go through memory, one for each block of C tokens, and the output
 `block_states` walks the keys of a split, for each sign by itself, and writes the state before each block as it grew
 since the split's start. `split_states` adds up the splits. `block_outputs` reads the sum of the two, and adds the
 block's own keys up to each query. Keys are mapped twice, and features never go through memory. Decays are none or one
-per head. All three count states in int64: they have more than 2^31 numbers.
+per head. States are counted in int64: they may have more than 2^31 numbers.
 
 Where a product has a right operand of 16 columns, it is a [16, C] tile transposed: as a [C, 16] tile, in a layout of
 its own, Triton 3.6 reads it past the end of shared memory. Values of 16 columns would be such a tile.
@@ -167,7 +167,7 @@ def block_outputs(q, k, v, gate, mask, segments, query_weight, key_weight, query
                   GATE: tl.constexpr, MASKED: tl.constexpr, PACKED: tl.constexpr, BIAS: tl.constexpr,
                   NORMALISED: tl.constexpr, OTHER: tl.constexpr, SCALED: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
-    """y and scale of one block, as `walk_forward` writes them; grid (blocks, H, B): a head's blocks side by side."""
+    """y and scale of one block, as `walk_forward` writes them; grid (blocks, H, B)."""
     block = tl.program_id(0)
     h = tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
