@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from linearize_kernels.gated_linear_attention.launch import Plan
 
 BLOCKS_FROM = 2048
-"""Tokens of a sequence, at least: shorter ones were not measured, and one program of the walk goes through them."""
+"""Tokens of a sequence, at least: the shortest that was measured."""
 
 PROGRAMS, MIN_SPLIT = 256, 256
 """Programs that `block_states` aims for, and tokens of a split at least."""
@@ -78,7 +78,7 @@ class BlockPlan:
 
 def by_blocks(plan: Plan) -> bool:
     """Whether calls of this plan go by blocks: where the walk would go through q, k and v once for each sign, in shape
-    classes whose launch table does not say 0 tokens.
+    classes whose launch table has tokens for `block_outputs`.
     """
     if plan.passes == 1 or plan.gate_kind == "feature" or plan.length < BLOCKS_FROM:
         return False
