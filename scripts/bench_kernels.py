@@ -282,6 +282,17 @@ def prefill(recipe: str, host_profile: bool = False) -> list[dict[str, Any]]:
     return found
 
 
+def measure_curve(skip: list[str]) -> dict[str, dict[int, float]]:
+    """Milliseconds of a forward in a CUDA graph, by contender and T: launched, short ones would show the host."""
+    curve: dict[str, dict[int, float]] = {}
+    for length in CURVE:
+        for name, contender in contenders((1, 16, 16, 64, length)).items():
+            if name not in skip:
+                with torch.no_grad():
+                    curve.setdefault(name, {})[length] = in_graph(contender.call)
+    return curve
+
+
 def draw(curve: dict[str, dict[int, float]], out: Path) -> None:
     """Time against T, and where each of ours gets faster than cuDNN."""
     import matplotlib.pyplot as plt
@@ -290,11 +301,14 @@ def draw(curve: dict[str, dict[int, float]], out: Path) -> None:
     for name, times in curve.items():
         axes.plot(list(times), list(times.values()), marker="o", label=name)
     softmax, ours = curve["softmax, cudnn"], curve["hedgehog"]
-    crossing = next((length for length in CURVE if ours[length] < softmax[length]), None)
+    slower = [length for length in CURVE if not ours[length] < softmax[length]]
+    crossing = next((length for length in CURVE if length > max(slower, default=0)), None)
     if crossing:
         axes.axvline(crossing, color="grey", linestyle=":", label=f"hedgehog faster than cuDNN from {crossing}")
-    axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward", title="B1 H16 D64, bf16")
-    axes.legend()
+    axes.set(
+        xscale="log", yscale="log", xlabel="tokens", ylabel="ms, forward in a CUDA graph", title="B1 H16 D64, bf16"
+    )
+    axes.legend(fontsize="small", framealpha=0.5)
     figure.savefig(out / "time.png", dpi=120, bbox_inches="tight")
 
 
@@ -320,8 +334,10 @@ def main() -> int:
     parser.add_argument("--out", default="out/kernels", help="folder for results.json and time.png")
     parser.add_argument("--prefill", action="append", default=None, help="recipes whose prefill is timed")
     parser.add_argument("--host-profile", action="store_true", help="print where Python's time goes in prefill")
+    parser.add_argument("--shape", action="append", choices=SHAPES, help="only this row, may be repeated")
     parser.add_argument("--skip", action="append", default=[], help="a contender by name, may be repeated")
     options = parser.parse_args()
+    shapes = {shape: SHAPES[shape] for shape in options.shape or SHAPES}
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     top = ceilings()
@@ -349,20 +365,15 @@ def main() -> int:
         (out / "results.json").write_text(json.dumps(record, indent=1))
 
     for libraries in (False, True):  # flash-linear-attention after the others: it may tune itself for minutes
-        for shape, sizes in SHAPES.items():
+        for shape, sizes in shapes.items():
             for name, contender in contenders(sizes).items():
                 if name.startswith("fla") == libraries:
                     add(shape, name, contender)
-    for name, contender in fla_gla(SHAPES[MAIN]).items():
-        add(MAIN, name, contender)
+    if MAIN in shapes:
+        for name, contender in fla_gla(SHAPES[MAIN]).items():
+            add(MAIN, name, contender)
     print("\n".join(ratios(record["shapes"])), flush=True)
-    curve: dict[str, dict[int, float]] = {}
-    for length in CURVE:
-        for name, contender in contenders((1, 16, 16, 64, length)).items():
-            if name not in options.skip:
-                with torch.no_grad():
-                    curve.setdefault(name, {})[length] = median(contender.call)
-    record["curve B1 H16 D64"] = curve
+    record["curve B1 H16 D64"] = curve = measure_curve(options.skip)
     (out / "results.json").write_text(json.dumps(record, indent=1))
     draw(curve, out)
     record["prefill"] = [

@@ -7,7 +7,7 @@ Weights are random, in the shape of a known model; rows are random tokens. For e
 GPU (or gloo on the CPU), every way of sharing the work trains a few steps twice: strong scaling (a step has as many
 rows as on one process) and weak scaling (as many rows a process). Printed, and with versions written to JSON:
 
-    tokens/s     median over the steps but the first two, of the whole run
+    tokens/s     median over the steps but the first three, of the whole run: a CUDA graph is recorded in one of those
     efficiency   tokens/s over N times those of one process that trains the same (strong: rows a step, weak: a process)
     memory       peak of each process; on a CPU the resident set, which only grows from one measurement to the next
     exchanging   share of the main process's time in collectives, waiting for others included; on GPUs only
@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from linearize.distributed import Processes, Split, shard_base, start_processes
-from linearize.graphs import obstacle
+from linearize.graphs import RUNS_BEFORE, obstacle
 from linearize.machine import versions
 from linearize.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
 from linearize.recipe import load_recipe
@@ -70,7 +70,7 @@ ALONE: Split = "data"
 START: dict[str, torch.Tensor] = {}
 """The student's weights before their first step, in this process."""
 
-WARMUP = 2
+WARMUP = RUNS_BEFORE + 1
 PROFILED = 2
 EXCHANGES = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter", "reducescatter", "sendrecv")
 

@@ -7,17 +7,20 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from linearize.errors import DataError
+from linearize.data import open_documents
+from linearize.errors import DataError, RunError
 from linearize.evals.recall import TASKS, Questions, ask, find_tasks, sentences_of, training_rows
 from linearize.evals.recall.ask import TOKENS_AT_ONCE, _examples, greedy
 from linearize.evals.recall.babilong import OBJECTS, ROOMS, STORIES
 from linearize.evals.recall.base import Desk, Example, Reply, opening, split_of
+from linearize.evals.recall.texts import RecallTexts, recall_texts, write_recall_texts
 from linearize.evals.recall.tokens import PAIRS, _slots
 
 PROSE = sentences_of(
@@ -91,6 +94,44 @@ def test_training_rows_end_with_the_answer(name: str, letters: PreTrainedTokeniz
             answer = letters.decode([token for token, wanted in zip(ids, target, strict=True) if wanted])
             assert answer.startswith(" ")
             assert answer.endswith(".")
+
+
+@pytest.mark.parametrize("name", [name for name in TASKS if name != "mqar"])
+def test_training_texts_fill_a_row(name: str, letters: PreTrainedTokenizerFast) -> None:
+    wanted = RecallTexts((name, "passkey"), 3000, 10_000, prose=PROSE)
+    texts = list(itertools.islice(recall_texts(wanted, letters), 4))
+    assert [task for task, _ in texts] == [name, "passkey"] * 2
+    assert all(len(letters(text, add_special_tokens=False)["input_ids"]) == 2999 for _, text in texts)
+    assert texts == list(itertools.islice(recall_texts(wanted, letters), 4))
+    keys = {text[-6:-1] for task, text in texts if task == "passkey"}
+    assert {split_of(key) for key in keys} == {"train"}
+
+
+def test_training_texts_where_seams_are_spelt_otherwise() -> None:
+    """A tokenizer that joins what stands at the seams of the pieces: the haystack makes up for it."""
+    backend = Tokenizer(models.BPE(unk_token="?"))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    filler = " ".join(PROSE) + " The grass is green.\n The pass key is 12345. What is the pass key? The pass key is"
+    backend.train_from_iterator([filler] * 9, trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend)
+    wanted = RecallTexts(("passkey", "niah-2-like"), 400, 10_000, prose=PROSE)
+    for _, text in itertools.islice(recall_texts(wanted, tokenizer), 40):
+        assert len(tokenizer(text)["input_ids"]) == 399
+
+
+def test_training_texts_in_a_file(letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "recall.parquet"
+    wanted = RecallTexts(("passkey",), 2000, 5000, prose=PROSE)
+    assert write_recall_texts(wanted, letters, out, lambda said: None) == 3
+    rows = [content for _, content in open_documents(str(out), None)]
+    assert len(rows) == 3
+    assert all(str(row).endswith(".") for row in rows)
+    with pytest.raises(RunError, match="exists already"):
+        write_recall_texts(wanted, letters, out, lambda said: None)
+    with pytest.raises(DataError, match="mqar"):
+        next(recall_texts(RecallTexts(("mqar",), 2000, 5000), letters))
 
 
 @pytest.mark.parametrize("question", STORIES)

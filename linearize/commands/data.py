@@ -47,6 +47,33 @@ def generate_text(
     out_console.print(f"{found.out}: {found.documents:,} documents, {found.tokens:,} tokens{speed}.", highlight=False)
 
 
+@app.command("recall")
+def write_recall(
+    model: ModelOption,
+    tokens: Annotated[str, typer.Option(help="How much to write, such as 2M.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The parquet file; --data takes it.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of `linearize eval --recall`; they take turns.")] = "niah-2-like",
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a document: those of a training row, which it then fills.")
+    ] = 1024,
+    text: Annotated[str | None, typer.Option(help="Prose for haystacks, as in --data.")] = None,
+    text_field: TextFieldOption = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write questions about what lies far back, with their answers. They hide nothing that a test asks for."""
+    from linearize.evals.bench import prose_of
+    from linearize.evals.recall import find_tasks
+    from linearize.evals.recall.texts import RecallTexts, write_recall_texts
+    from linearize.recipe import read_tokens
+    from linearize.teacher import load_tokenizer
+
+    names = tuple(find_tasks([name.strip() for name in tasks.split(",")]))
+    with log_console.status("Writing") as status:
+        wanted = RecallTexts(names, length, read_tokens(tokens), seed, prose_of(text, text_field))
+        documents = write_recall_texts(wanted, load_tokenizer(model), out, status.update)
+    out_console.print(f"{out}: {documents:,} documents, {documents * length:,} tokens.", highlight=False)
+
+
 @app.command("overlap")
 def show_overlap(
     model: ModelOption,

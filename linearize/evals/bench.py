@@ -25,6 +25,21 @@ ModelOf = Callable[[], PreTrainedModel]
 """Loads the model when it is first called."""
 
 
+def prose_of(text: str | None, text_field: str | None) -> list[str]:
+    """Sentences of the first PROSE_CHARACTERS of a text; without one, of a passage that comes with linearize."""
+    if text is None:
+        return sentences_of(PASSAGE)
+    found: list[str] = []
+    size = 0
+    for _, content in open_documents(text, text_field):
+        spelt = content if isinstance(content, str) else "\n".join(message.content for message in content)
+        found += sentences_of(spelt[: PROSE_CHARACTERS - size])
+        size += len(spelt)
+        if size >= PROSE_CHARACTERS:
+            break
+    return found or sentences_of(PASSAGE)
+
+
 @dataclass(frozen=True)
 class Wanted:
     """What to evaluate: the options of `linearize eval`.
@@ -85,17 +100,7 @@ class Bench:
     @cached_property
     def prose(self) -> list[str]:
         """Sentences of the text, or of a passage that comes with linearize."""
-        if self.wanted.text is None:
-            return sentences_of(PASSAGE)
-        found: list[str] = []
-        size = 0
-        for _, content in open_documents(self.wanted.text, self.wanted.text_field):
-            text = content if isinstance(content, str) else "\n".join(message.content for message in content)
-            found += sentences_of(text[: PROSE_CHARACTERS - size])
-            size += len(text)
-            if size >= PROSE_CHARACTERS:
-                break
-        return found or sentences_of(PASSAGE)
+        return prose_of(self.wanted.text, self.wanted.text_field)
 
     def beyond(self, length: int) -> bool:
         """Longer than the teacher's positions."""

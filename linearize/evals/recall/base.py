@@ -95,7 +95,7 @@ class Desk:
             raise DataError(
                 f"{self.length:,} tokens are too few; the question and its answer alone take {used + answer_tokens:,}",
                 place=f"recall task {task}",
-                remedy="Choose longer --lengths.",
+                remedy="Choose a longer one.",
             )
         return left
 
