@@ -109,15 +109,15 @@ def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState 
             kept.v_BXSGV[:, 0].clone(),
             tail_of(joined_far, window) if local.own_far_keys else torch.zeros_like(k_BTGK[:, :0]),
         )
-    simple = fresh and not timeline.packed
+    position_BT = timeline.position_BT
     return Read(
         Near(q_BTHK, joined_k, joined_v, seen),
         window,
-        None if simple else timeline.position_BT,
+        position_BT,
         after,
         joined_far[:, :length],
         joined_v[:, :length],
-        None if simple else timeline.position_BT >= window + local.sinks,
+        None if position_BT is None else position_BT >= window + local.sinks,
         delayed=fresh,
     )
 

@@ -43,6 +43,7 @@ class Plan:
             "W": self.tile,
             "COLUMNS": self.columns,
             "STARTED": started,
+            "POSITIONED": tensors[12] is not None,
             "PADDED": tensors[13] is not None,
             "SILU": silu,
         }
@@ -84,7 +85,7 @@ def _new_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 def convolve(
     x_1: Tensor, x_2: Optional, x_3: Optional, taps_1: Tensor, taps_2: Optional, taps_3: Optional,
     shift_1: Optional, shift_2: Optional, shift_3: Optional, tail_1: Optional, tail_2: Optional, tail_3: Optional,
-    position: Tensor, padding: Optional, silu: bool, dtype: torch.dtype,
+    position: Optional, padding: Optional, silu: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Three outputs [B, T, H, C] in `dtype` and three new tails [B, S - 1, X, C], empty for inputs not given.
 
@@ -111,7 +112,7 @@ def convolve_backward(
     dy_1: Optional, dy_2: Optional, dy_3: Optional, d_end_1: Optional, d_end_2: Optional, d_end_3: Optional,
     x_1: Tensor, x_2: Optional, x_3: Optional, taps_1: Tensor, taps_2: Optional, taps_3: Optional,
     shift_1: Optional, shift_2: Optional, shift_3: Optional, tail_1: Optional, tail_2: Optional, tail_3: Optional,
-    position: Tensor, padding: Optional, silu: bool, dtype: torch.dtype,
+    position: Optional, padding: Optional, silu: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of inputs, taps, shifts and tails, empty for what was not given; fp32 for taps and shifts.
 
