@@ -134,7 +134,7 @@ def decodes(heads: HeadInputs, state: MixerState, mixer: StudentMixer, features:
     return uses_triton("window_step", v_BTGV, q_BTHK.shape[-1], v_BTGV.shape[-1], 2 * features)
 
 
-def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: tuple[Tensor, Tensor] | None) -> Tensor:
+def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: Weights) -> Tensor:
     """The linear branch's share of the denominator, [B, T, H]: what it answers to values of 1, the window's being 0."""
     near, sinks = read.near, read.near.sinks
     near = near._replace(
@@ -144,6 +144,20 @@ def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: tuple[T
     far = far._replace(v_BTGV=torch.ones_like(far.v_BTGV), state=None)
     y_BTHV, _ = windowed_linear_attention(near, far, read.window, read.position_BT, segments_BT, weights)
     return y_BTHV[..., 0]
+
+
+Weights = tuple[Tensor | None, Tensor | None]
+"""Of the window and of the linear branch, [H] each; None = 1."""
+
+
+def weigh(learned: Weights, mixer: StudentMixer, like_H: Tensor) -> Weights:
+    """What was learned, and 0 for a branch that is silenced."""
+    near_H, far_H = learned
+    if not mixer.window_branch:
+        near_H = torch.zeros_like(like_H)
+    if not mixer.linear_branch:
+        far_H = torch.zeros_like(like_H)
+    return near_H, far_H
 
 
 def local_state(state: MixerState | None) -> LocalState | None:
