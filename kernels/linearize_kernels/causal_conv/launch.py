@@ -5,6 +5,7 @@ Each of three inputs, and what belongs to it, is an argument of its own: lists w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -166,3 +167,27 @@ def _differentiate(ctx: Any, *upstream: Optional) -> tuple[Optional, ...]:
 
 
 differentiate("causal_convs", _differentiate, _save)
+
+
+def convolve_together(
+    xs: Sequence[Tensor], taps: Sequence[Tensor], position_BT: Tensor | None, tails: Sequence[Tensor] | None,
+    padding_B: Tensor | None, shifts: Sequence[Tensor | None] | None, silu: bool, dtype: torch.dtype | None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """`causal_convs`, all inputs in one launch."""
+    count, none = len(xs), [None] * MAX_INPUTS
+    assert count == len(taps) <= MAX_INPUTS, (count, len(taps))
+    tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    before = none if tails is None else [tail.to(x.dtype).contiguous() for tail, x in zip(tails, xs, strict=True)]
+    added = none if shifts is None else [None if shift is None else shift.contiguous() for shift in shifts]
+    found = convolve(
+        *_slots(tokens), *_slots([x.contiguous() for x in taps]), *_slots(added), *_slots(before),
+        None if position_BT is None else position_BT.contiguous(),
+        None if padding_B is None else padding_B.contiguous(), silu,
+        dtype or torch.promote_types(xs[0].dtype, taps[0].dtype),
+    )  # fmt: skip
+    return list(found[:count]), list(found[MAX_INPUTS : MAX_INPUTS + count])
+
+
+def _slots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Three of them."""
+    return (*tensors, None, None)[:3]

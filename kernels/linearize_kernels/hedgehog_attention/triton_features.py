@@ -1,4 +1,4 @@
-"""Features of queries and of keys in one Triton launch, without a gradient. Legend in __init__.py; C tokens of a tile.
+"""Features of queries and of keys in one Triton launch, without a gradient. Legend in __init__.py; C tokens a tile.
 
 Linear attention with a decay per feature reads them from memory; in plain torch they take nine launches a side.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import launch
-from linearize_kernels.gated_linear_attention.triton import hedgehog_map
+from linearize_kernels.gated_linear_attention.triton import signed_features
 from linearize_kernels.operations import operation, power
 from linearize_kernels.tiles import key_flags, load_matrix, load_rows, load_vector, store_rows
 
@@ -24,13 +24,16 @@ def write_head(x, weight, bias, mask, out, token, first, length, H: tl.constexpr
                features: tl.constexpr, K: tl.constexpr, F: tl.constexpr, C: tl.constexpr, MAP: tl.constexpr,
                QUERY: tl.constexpr, MASKED: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
     """Features of a tile of one head's tokens, computed in fp32; 0 for keys that are masked."""
-    x_tile = load_rows(x, first, token, length, width, C, K).to(tl.float32)
-    matrix = load_matrix(weight, features, 1, width, features, K, F).to(tl.float32)
-    added = tl.zeros((F,), tl.float32)
+    BLOCK: tl.constexpr = K if K < 64 else 64  # of wider heads, matrix and tile would not fit the registers
+    u = tl.zeros((C, F), tl.float32)
+    for start in tl.static_range(0, K, BLOCK):
+        x_tile = load_rows(x + start, first, token, length, width - start, C, BLOCK).to(tl.float32)
+        matrix = load_matrix(weight + start * features, features, 1, width - start, features, BLOCK, F).to(tl.float32)
+        u = tl.dot(x_tile, matrix, u, input_precision=PRECISION)
     if BIAS:
-        added = load_vector(bias, features, F)
+        u += load_vector(bias, features, F)[None, :]
     real = key_flags(mask, first, 0, length, C, MASKED)
-    _u, p, n = hedgehog_map(x_tile, matrix, added, real, features, MAP, QUERY, F, 2, PRECISION)
+    p, n = signed_features(u, real, features, MAP, QUERY, F, 2)
     store_rows(out, p, first, H * 2 * features, length, features, C, F)
     store_rows(out + features, n, first, H * 2 * features, length, features, C, F)
 

@@ -100,14 +100,7 @@ def windowed_linear_attention(
         den_BTH = den_BTH if near_H is None else den_BTH * near_H
         other = Branch(o_BTHV, den_BTH if far_H is None else den_BTH / far_H.clamp_min(SMALLEST))
     y_BTHV, state = hedgehog_attention(
-        far.q_BTHK,
-        far.k_BTGK,
-        far.v_BTGV,
-        far.query_map,
-        far.key_map,
-        far.feature_map,
-        far.log_gate_BTH,
-        far.state,
+        *far[:8],
         segments_BT,
         far.mask_BT,
         other=other,
