@@ -1,4 +1,4 @@
-"""Features of queries and keys in one launch against their definition in fp64; in Triton's interpreter without a GPU."""
+"""Features of queries and keys in one launch against their definition in fp64; on a CPU in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ CASES = [  # B, T, H, query heads, key heads, K, F, bias, masked
     (2, 37, 4, 4, 4, 20, 10, True, True),
     (2, 63, 3, 3, 1, 16, 16, False, True),
     (1, 64, 2, 2, 1, 24, 40, True, False),
+    (1, 17, 2, 2, 2, 90, 16, False, False),
 ]
 MAPS: list[FeatureMap] = ["softmax", "softmax_joint", "exp"]
 
