@@ -90,11 +90,9 @@ def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState 
     fresh = state is None and timeline.padding_B is None
     joined_k, joined_v, joined_far = k_BTGK, v_BTGV, k_far
     if not fresh:
-        joined_k = timeline.join(None if state is None else state.k_BWGK, k_BTGK, window)
-        joined_v = timeline.join(None if state is None else state.v_BWGV, v_BTGV, window)
-        joined_far = joined_k
-        if local.own_far_keys:
-            joined_far = timeline.join(None if state is None else state.far_k_BWGK, k_far, window)
+        tails = (None, None, None) if state is None else (state.k_BWGK, state.v_BWGV, state.far_k_BWGK)
+        joined_k, joined_v = timeline.join(tails[0], k_BTGK, window), timeline.join(tails[1], v_BTGV, window)
+        joined_far = timeline.join(tails[2], k_far, window) if local.own_far_keys else joined_k
     seen, kept = None, Sinks(k_BTGK[:, None, :0], v_BTGV[:, None, :0])
     if local.sinks:
         old = None if state is None else Sinks(state.sink_k_BSGK[:, None], state.sink_v_BSGV[:, None])
@@ -152,11 +150,8 @@ Weights = tuple[Tensor | None, Tensor | None]
 
 def weigh(learned: Weights, mixer: StudentMixer, like_H: Tensor) -> Weights:
     """What was learned, and 0 for a branch that is silenced."""
-    near_H, far_H = learned
-    if not mixer.window_branch:
-        near_H = torch.zeros_like(like_H)
-    if not mixer.linear_branch:
-        far_H = torch.zeros_like(like_H)
+    near_H = learned[0] if mixer.window_branch else torch.zeros_like(like_H)
+    far_H = learned[1] if mixer.linear_branch else torch.zeros_like(like_H)
     return near_H, far_H
 
 

@@ -66,7 +66,7 @@ def begin(heads: HeadInputs, seen_B: Tensor | None) -> tuple[HeadInputs, Timelin
     batch, length = heads.q_BTHK.shape[:2]
     device = heads.q_BTHK.device
     if seen_B is None:
-        if heads.mask_BT is None and heads.segments_BT is None:  # nothing is computed that nobody asks for
+        if heads.mask_BT is None and heads.segments_BT is None:  # nothing to compute
             seen_B = torch.empty(batch, dtype=torch.long, device=device)
             return heads, Timeline(None, None, seen_B if heads.last else seen_B.fill_(length)), lambda y_BTX: y_BTX
         seen_B = torch.zeros(batch, dtype=torch.long, device=device)
@@ -76,8 +76,8 @@ def begin(heads: HeadInputs, seen_B: Tensor | None) -> tuple[HeadInputs, Timelin
         back_BT = order_BT.argsort(dim=1)
         heads = _reorder(heads, order_BT)
         assert heads.mask_BT is not None
-        position_BT = (seen_B[:, None] + heads.mask_BT.long().cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
-        real_B = heads.mask_BT.long().sum(1)
+        position_BT = (seen_B[:, None] + heads.mask_BT.cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
+        real_B = heads.mask_BT.sum(1)
         return heads, Timeline(position_BT, length - real_B, seen_B + real_B), lambda y_BTX: take(y_BTX, back_BT)
     position_BT = seen_B[:, None] + positions(heads)
     if heads.segments_BT is None:
@@ -89,7 +89,7 @@ def positions(heads: HeadInputs) -> Tensor:
     """Index [B, T] of each token in its document, counting real tokens only, on sequences from their start."""
     batch, length = heads.q_BTHK.shape[:2]
     if heads.mask_BT is not None:
-        return (heads.mask_BT.long().cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
+        return (heads.mask_BT.cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
     place_T = torch.arange(length, device=heads.q_BTHK.device)
     if heads.segments_BT is None:
         return place_T.expand(batch, -1)
