@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
+from transformers.utils.import_utils import is_tracing
 
 from linearize.cache import student_layer
 from linearize.families import ModelFamily
@@ -151,7 +152,7 @@ class StudentAttention(nn.Module):
             k_BTGK=k_BTGK,
             v_BTGV=v_BTGV,
             rope=None if rope is None else Rope(*rope),
-            mask_BT=None if mask_BT is None else mask_BT[:, -given.x_BTD.shape[1] :].bool(),
+            mask_BT=None if mask_BT is None else mask_BT[:, -given.x_BTD.shape[1] :],
             segments_BT=given.segments_BT,
             last=given.cache is None,
         )
@@ -204,8 +205,9 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     """
     given = {**dict(zip(_parameters(type(trunk)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
-    use_cache = given.get("use_cache")
-    cached = given.get("past_key_values") is not None or (_default_use_cache(trunk) if use_cache is None else use_cache)
+    config, use_cache = trunk.config, given.get("use_cache")
+    assert isinstance(config, PreTrainedConfig)
+    cached = given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache)
     segments = given.get("segments_BT")
     if segments is not None and mask is not None and mask.ndim == 4:  # the segments say the same, for softmax layers
         return (), {**given, "padding_mask_BT": None}
@@ -216,7 +218,7 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
         )
     if segments is None and position_ids is not None and mask is None and not cached:
         segments = find_packed_sequence_indices(position_ids)
-    return (), {**given, "padding_mask_BT": mask, "segments_BT": segments}
+    return (), {**given, "padding_mask_BT": _padding(mask), "segments_BT": segments}
 
 
 @cache
@@ -225,12 +227,11 @@ def _parameters(trunk: type[nn.Module]) -> tuple[str, ...]:
     return tuple(signature(trunk.forward).parameters)[1:]  # without self
 
 
-def _default_use_cache(trunk: nn.Module) -> bool:
-    """What transformers assumes when `use_cache` is not given."""
-    config = trunk.config
-    assert isinstance(config, PreTrainedConfig)
-    use_cache: bool = config.use_cache
-    return use_cache
+def _padding(mask_BT: Tensor | None) -> Tensor | None:
+    """A mask of real tokens; None where inference may ask the host, as transformers does, and all of them are."""
+    if mask_BT is None or (not (torch.is_grad_enabled() or is_tracing(mask_BT)) and mask_BT.all()):
+        return None
+    return mask_BT.bool()
 
 
 def hand_to_attention(path: str, layer: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

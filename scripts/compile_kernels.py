@@ -53,7 +53,7 @@ from linearize_kernels import (
 from linearize_kernels.distillation_loss import LossWeights, distillation_terms
 from linearize_kernels.gated_delta import gated_delta_rule
 from linearize_kernels.gated_linear_attention.launch_blocks import BLOCKS_FROM
-from linearize_kernels.hedgehog_attention import Map
+from linearize_kernels.hedgehog_attention import Map, features_of_both
 from linearize_kernels.ssd import ssd
 
 SHARED_MEMORY = 232_448
@@ -155,6 +155,15 @@ def _distillation(dtype: torch.dtype) -> list[Tensor]:
     return []
 
 
+def _features(dtype: torch.dtype, width: int) -> list[Tensor]:
+    with torch.no_grad():
+        maps = [Map(new(H, width, width // 2, dtype=FP32)) for _ in range(2)]
+        features_of_both(
+            new(B, T, H, width, dtype=dtype), new(B, T, H, width, dtype=dtype), *maps, "softmax", None, dtype
+        )
+    return []
+
+
 def _steps(width: int) -> list[Tensor]:
     """One token after a state, which nobody differentiates."""
     with torch.no_grad():
@@ -205,6 +214,9 @@ CASES: dict[str, Callable[[], list[Tensor]]] = {
     "delta 128": lambda: _delta(128, BF16),
     "delta 64, fp32": lambda: _delta(64, FP32),
     "convolutions": lambda: _convolutions(BF16),
+    "features 64": lambda: _features(BF16, 64),
+    "features 256": lambda: _features(BF16, 256),
+    "features 64, fp32": lambda: _features(FP32, 64),
     "rotary": lambda: _rotary(BF16),
     "distillation loss": lambda: _distillation(BF16),
     "distillation loss, fp32": lambda: _distillation(FP32),

@@ -136,6 +136,30 @@ def test_left_padded_logits_equal_unpadded(
     close(torch.cat([start, end], 1)[0, 13:], found[0, 13:])
 
 
+def test_a_mask_of_ones_reaches_no_mixer_in_inference(
+    students: dict[str, Graft], make_tokens: Callable[..., Tensor]
+) -> None:
+    grafted, ids = students["all_students"], make_tokens(2, 12)
+    seen: list[Tensor | None] = []
+    handles = [
+        student.mixer.register_forward_pre_hook(lambda _mixer, given: seen.append(given[0].mask_BT))
+        for student in grafted.students.values()
+    ]
+    ones = torch.ones_like(ids)
+    padded = ones.clone()
+    padded[0, :5] = 0
+    assert torch.equal(whole(grafted.model, ids, attention_mask=ones), whole(grafted.model, ids))
+    assert seen == [None] * len(seen)
+    whole(grafted.model, ids, attention_mask=padded)
+    assert seen[-1] is not None
+    assert torch.equal(seen[-1], padded.bool())
+    grafted.model(ids, attention_mask=ones, use_cache=False)  # training asks nothing of the host
+    assert seen[-1] is not None
+    assert seen[-1].all()
+    for handle in handles:
+        handle.remove()
+
+
 @every_kind
 def test_rows_can_be_repeated_selected_and_reordered(
     students: dict[str, Graft], make_tokens: Callable[..., Tensor], keep: str

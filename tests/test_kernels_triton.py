@@ -229,3 +229,30 @@ def test_step(case: tuple[int, ...], gate: str, monkeypatch: pytest.MonkeyPatch)
     step_(q, k, v, log_gate, *state, y, 1e-10)
     for left, right in zip([y, *state], found["torch"][:3], strict=True):
         torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("length", [1, 90])
+@pytest.mark.parametrize("gate", ["head", "feature"])
+def test_a_gate_may_stand_for_several_heads(
+    gate: str, length: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Walked or, one token after a state, stepped: as with the gate repeated, gradients too."""
+    monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+    torch.manual_seed(0)
+    q, k = (torch.rand(2, length, 4, 16, device=DEVICE) for _ in range(2))
+    v = torch.randn(2, length, 2, 16, device=DEVICE)
+    state = LinearState(torch.randn(2, 4, 16, 16, device=DEVICE), torch.rand(2, 4, 16, device=DEVICE))
+    log_gate = -torch.rand((2, length, 2, 16)[: 3 if gate == "head" else 4], device=DEVICE)
+    repeated = log_gate.repeat_interleave(2, dim=2)
+    for found, expected in zip(
+        (*linear_sums(q, k, v, log_gate, state)[:2], gated_linear_attention(q, k, v, log_gate, state)[0]),
+        (*linear_sums(q, k, v, repeated, state)[:2], gated_linear_attention(q, k, v, repeated, state)[0]),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
+    gradients = []
+    for given in (log_gate.requires_grad_(), repeated.requires_grad_()):
+        num, den, _ = linear_sums(q, k, v, given, state)
+        gradients.append(torch.autograd.grad(num.sum() + den.sum(), given)[0])
+    torch.testing.assert_close(gradients[0], gradients[1].unflatten(2, (2, 2)).sum(3))

@@ -121,6 +121,21 @@ def test_outputs_in_bf16(case: Case) -> None:
     check(found, torch.bfloat16)
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_positions_from_zero_need_not_be_given(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+    case = Case(37, 4, ((3, 3, 20), (1, 3, 20)), "whole", shifts=True, silu=True)
+    leaves = {name: x.requires_grad_() for name, x in make(case, torch.float32).items()}
+    fixed = fixed_of(case)
+    found = []
+    for position_BT in (fixed["position"], None):
+        ys = convolve(leaves, fixed | {"position": position_BT}, backend, torch.float32)
+        upstream = [torch.linspace(-1, 1, y.numel(), device=y.device).view_as(y) for y in ys]
+        found.append([*ys, *torch.autograd.grad(ys, list(leaves.values()), upstream)])
+    for given, left_out in zip(*found, strict=True):
+        assert torch.equal(given, left_out)
+
+
 @pytest.mark.parametrize("number", [2, 3, 4, 8, 9])
 def test_nan_before_a_document_is_not_read(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Padding, tails that begin before the document: outputs and all gradients are the same, bit by bit."""

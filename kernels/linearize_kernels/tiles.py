@@ -106,3 +106,15 @@ def document(segments, token, length, PACKED: tl.constexpr):
     else:
         own = tl.full((), 0, tl.int64)
     return own
+
+
+@triton.jit
+def places(position, first, length, C: tl.constexpr, POSITIONED: tl.constexpr):
+    """Index of each token in its document, [C] int32; -1 where there is none."""
+    token = first + tl.arange(0, C)
+    inside = (token >= 0) & (token < length)
+    if POSITIONED:
+        place = tl.load(position + token, mask=inside, other=-1).to(tl.int32)
+    else:
+        place = tl.where(inside, token, -1)
+    return place

@@ -24,6 +24,8 @@ from linearize.mixers.local import (
 )
 from linearize.mixers.timeline import Timeline, begin
 from linearize_kernels import Branch, LinearState, causal_convs, gated_linear_attention, linear_sums
+from linearize_kernels.gated_linear_attention import spread
+from linearize_kernels.hedgehog_attention import features_of_both
 
 GATE_RANK, GATE_STD, EPSILON = 16, 0.006, 1e-10
 """Width of the gate's bottleneck, spread of its weights at the start, and what is added to the denominator: the values
@@ -118,7 +120,8 @@ class Lawcat(StudentMixer):
     def forward(self, heads: HeadInputs, state: MixerState | None = None) -> tuple[Tensor, MixerState]:
         tails = None if state is None else _Tails(*state[:3])
         heads, timeline, put_back = begin(heads, None if tails is None else tails.seen_B)
-        q_BTHF, k_BTHF, after = self._features(heads, timeline, tails)
+        one = heads.q_BTHK.shape[1] == 1  # steps read features in fp32
+        q_BTHF, k_BTHF, after = self._features(heads, timeline, tails, torch.float32 if one else heads.v_BTGV.dtype)
         linear_state = None if state is None else LinearState(*state[3:5])
         gate = self._log_gate(heads)
         other: Branch | None = None
@@ -130,12 +133,15 @@ class Lawcat(StudentMixer):
             near_H = self.window_factor_H.sigmoid() * self.window_branch
             other, exact_state = Branch(o_BTHV, den_BTH * (near_H / far)), exact.state
         y_BTHV, linear = gated_linear_attention(
-            q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT, other=other, epsilon=EPSILON
-        )
+            q_BTHF, k_BTHF, heads.v_BTGV, gate, linear_state, heads.segments_BT,
+            other=other, epsilon=EPSILON, last=heads.last,
+        )  # fmt: skip
         new_state: MixerState = (*after, *linear, *exact_state)
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), new_state
 
-    def _features(self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None) -> tuple[Tensor, Tensor, _Tails]:
+    def _features(
+        self, heads: HeadInputs, timeline: Timeline, tails: _Tails | None, rounded: torch.dtype = torch.float32
+    ) -> tuple[Tensor, Tensor, _Tails]:
         """Query and key features [B, T, H, 2F] after the convolutions; 0 for padded keys."""
         q_BTHK, k_BTGK, dtype = heads.q_BTHK, heads.k_BTGK, heads.v_BTGV.dtype
         if self.config.rope and heads.rope is not None:
@@ -146,16 +152,16 @@ class Lawcat(StudentMixer):
             (q_BTHK.to(dtype), k_BTGK.to(dtype)), (self.query_taps_HKS, key_taps_HKS), timeline.position_BT,
             None if tails is None else tails[1:], timeline.padding_B,
         )  # fmt: skip
-        q_BTHF, k_BTHF = self.query_map(q_BTHK, "query"), key_map(k_BTHK, "key")
-        if heads.mask_BT is not None:
-            k_BTHF = k_BTHF * heads.mask_BT[:, :, None, None]
+        q_BTHF, k_BTHF = features_of_both(
+            q_BTHK, k_BTHK, self.query_map.weights(), key_map.weights(), self.config.normalisation, heads.mask_BT,
+            rounded,
+        )  # fmt: skip
         return q_BTHF, k_BTHF, _Tails(timeline.seen_B, *kept)
 
     def _log_gate(self, heads: HeadInputs) -> Tensor:
-        """[B, T, H, 2F] or [B, T, H]; 0 for padding."""
+        """[B, T, G, 2F] or [B, T, H]; 0 for padding."""
         a = self.gate_up(self.gate_down(heads.x_BTD.to(self.gate_up.weight.dtype)))
         log_gate = (F.logsigmoid(a) / self.config.temperature).unflatten(-1, (self._gate_heads(), self.gate_width))
-        log_gate = log_gate.repeat_interleave(self.shapes.query_heads // self._gate_heads(), dim=2)
         if heads.mask_BT is not None:
             log_gate = log_gate * heads.mask_BT[:, :, None, None]
         return log_gate if self.config.gate == "channel" else log_gate.squeeze(-1)
@@ -164,7 +170,7 @@ class Lawcat(StudentMixer):
         ordered, timeline, put_back = begin(heads, None)
         q_BTHF, k_BTHF, _ = self._features(ordered, timeline, None)
         q_BTHF, k_BTHF, gate = put_back(q_BTHF), put_back(k_BTHF), self._log_gate(heads)
-        gate = gate if gate.ndim == 4 else gate.unsqueeze(-1)
+        gate = spread(gate if gate.ndim == 4 else gate.unsqueeze(-1), self.shapes.query_heads)
         exact = LocalRows(heads, self.local) if self.window_factor_H is not None else None
 
         def rows(start: int, stop: int) -> Tensor:

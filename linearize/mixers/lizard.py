@@ -23,11 +23,13 @@ from linearize.mixers.local import (
     Local,
     LocalRows,
     Read,
+    Weights,
     decodes,
     far_share,
     local_state,
     local_state_bytes,
     read,
+    weigh,
     where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
@@ -118,9 +120,7 @@ class Lizard(StudentMixer):
                 rotated=False,
                 left=not self.config.published,
             )
-            learned = (self.mix_H, None) if self.config.published else (None, self.mix_H.exp())
-            both = self.window_branch and self.linear_branch
-            rest = (self.meta_HM, beyond, learned if both else self._weights())
+            rest = (self.meta_HM, beyond, self._weights())
             branch, after = decode(heads, self.local, state, *rest, separate=self.config.published)
             return branch.o_BTHV, after
         ordered, put_back, exact, far = self._branches(heads, state)
@@ -150,11 +150,10 @@ class Lizard(StudentMixer):
         )
         return heads, put_back, exact, far
 
-    def _weights(self) -> tuple[Tensor, Tensor]:
+    def _weights(self) -> Weights:
         """Of the window and of the linear branch, per head."""
-        one_H = torch.ones_like(self.mix_H)
-        near_H, far_H = (self.mix_H, one_H) if self.config.published else (one_H, self.mix_H.exp())
-        return near_H if self.window_branch else 0 * near_H, far_H if self.linear_branch else 0 * far_H
+        learned = (self.mix_H, None) if self.config.published else (None, self.mix_H.exp())
+        return weigh(learned, self, self.mix_H)
 
     def _log_gate(self, heads: HeadInputs) -> Tensor:
         """[B, T, 1 or H]; 0 for padding."""
@@ -167,7 +166,7 @@ class Lizard(StudentMixer):
         since_BTH = self._log_gate(heads).expand(-1, -1, self.shapes.query_heads).cumsum(1)
         # ours: a key decays from the token on at which it leaves the window
         late = 0 if self.config.published else self.config.window
-        near_H11, far_H11 = (weight.view(-1, 1, 1) for weight in self._weights())
+        near_H11, far_H11 = (1 if weight is None else weight.view(-1, 1, 1) for weight in self._weights())
 
         def rows(start: int, stop: int) -> Tensor:
             far = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)
@@ -192,7 +191,7 @@ class Lizard(StudentMixer):
 
     def readings(self, heads: HeadInputs) -> Readings:
         ordered, put_back, exact, far = self._branches(heads, None)
-        weights = None if self.config.published else self._weights()
+        weights = (None, None) if self.config.published else self._weights()
         share_BTH = put_back(far_share(exact, far, ordered.segments_BT, weights)) * float(self.linear_branch)
         if not self.config.published:
             share_BTH = where_far(share_BTH, heads, self.local)

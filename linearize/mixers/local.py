@@ -90,11 +90,9 @@ def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState 
     fresh = state is None and timeline.padding_B is None
     joined_k, joined_v, joined_far = k_BTGK, v_BTGV, k_far
     if not fresh:
-        joined_k = timeline.join(None if state is None else state.k_BWGK, k_BTGK, window)
-        joined_v = timeline.join(None if state is None else state.v_BWGV, v_BTGV, window)
-        joined_far = joined_k
-        if local.own_far_keys:
-            joined_far = timeline.join(None if state is None else state.far_k_BWGK, k_far, window)
+        tails = (None, None, None) if state is None else (state.k_BWGK, state.v_BWGV, state.far_k_BWGK)
+        joined_k, joined_v = timeline.join(tails[0], k_BTGK, window), timeline.join(tails[1], v_BTGV, window)
+        joined_far = timeline.join(tails[2], k_far, window) if local.own_far_keys else joined_k
     seen, kept = None, Sinks(k_BTGK[:, None, :0], v_BTGV[:, None, :0])
     if local.sinks:
         old = None if state is None else Sinks(state.sink_k_BSGK[:, None], state.sink_v_BSGV[:, None])
@@ -109,15 +107,15 @@ def read(heads: HeadInputs, timeline: Timeline, local: Local, state: LocalState 
             kept.v_BXSGV[:, 0].clone(),
             tail_of(joined_far, window) if local.own_far_keys else torch.zeros_like(k_BTGK[:, :0]),
         )
-    simple = fresh and not timeline.packed
+    position_BT = timeline.position_BT
     return Read(
         Near(q_BTHK, joined_k, joined_v, seen),
         window,
-        None if simple else timeline.position_BT,
+        position_BT,
         after,
         joined_far[:, :length],
         joined_v[:, :length],
-        None if simple else timeline.position_BT >= window + local.sinks,
+        None if position_BT is None else position_BT >= window + local.sinks,
         delayed=fresh,
     )
 
@@ -134,7 +132,7 @@ def decodes(heads: HeadInputs, state: MixerState, mixer: StudentMixer, features:
     return uses_triton("window_step", v_BTGV, q_BTHK.shape[-1], v_BTGV.shape[-1], 2 * features)
 
 
-def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: tuple[Tensor, Tensor] | None) -> Tensor:
+def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: Weights) -> Tensor:
     """The linear branch's share of the denominator, [B, T, H]: what it answers to values of 1, the window's being 0."""
     near, sinks = read.near, read.near.sinks
     near = near._replace(
@@ -144,6 +142,17 @@ def far_share(read: Read, far: Far, segments_BT: Tensor | None, weights: tuple[T
     far = far._replace(v_BTGV=torch.ones_like(far.v_BTGV), state=None)
     y_BTHV, _ = windowed_linear_attention(near, far, read.window, read.position_BT, segments_BT, weights)
     return y_BTHV[..., 0]
+
+
+Weights = tuple[Tensor | None, Tensor | None]
+"""Of the window and of the linear branch, [H] each; None = 1."""
+
+
+def weigh(learned: Weights, mixer: StudentMixer, like_H: Tensor) -> Weights:
+    """What was learned, and 0 for a branch that is silenced."""
+    near_H = learned[0] if mixer.window_branch else torch.zeros_like(like_H)
+    far_H = learned[1] if mixer.linear_branch else torch.zeros_like(like_H)
+    return near_H, far_H
 
 
 def local_state(state: MixerState | None) -> LocalState | None:

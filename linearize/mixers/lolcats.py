@@ -18,11 +18,13 @@ from linearize.mixers.local import (
     Local,
     LocalRows,
     Read,
+    Weights,
     decodes,
     far_share,
     local_state,
     local_state_bytes,
     read,
+    weigh,
     where_far,
 )
 from linearize.mixers.timeline import PutBack, begin
@@ -87,9 +89,7 @@ class Lolcats(StudentMixer):
                 self.config.normalisation,
                 rotated=True,
             )
-            one = self.window_branch and self.linear_branch and not self.config.affine
-            weights = (self.window_factor_H.sigmoid(), None) if one else self._weights()
-            branch, after = decode(heads, self.local, state, None, beyond, weights)
+            branch, after = decode(heads, self.local, state, None, beyond, self._weights())
             return branch.o_BTHV, after
         ordered, put_back, exact, far = self._branches(heads, state)
         y_BTHV, linear = windowed_linear_attention(
@@ -114,11 +114,10 @@ class Lolcats(StudentMixer):
         )
         return heads, put_back, exact, far
 
-    def _weights(self) -> tuple[Tensor, Tensor]:
+    def _weights(self) -> Weights:
         """Of the window and of the linear branch, per head."""
         near_H = self.window_factor_H.sigmoid()
-        far_H = 1 - near_H if self.config.affine else torch.ones_like(near_H)
-        return near_H if self.window_branch else 0 * near_H, far_H if self.linear_branch else 0 * far_H
+        return weigh((near_H, 1 - near_H if self.config.affine else None), self, near_H)
 
     def row_weights(self, heads: HeadInputs) -> RowWeights:
         exact = LocalRows(heads, self.local)
@@ -127,7 +126,7 @@ class Lolcats(StudentMixer):
         if rope is not None:
             q_BTHK, k_BTGK = rope.rotate_both(q_BTHK, k_BTGK)
         q_BTHF, k_BTHF = self.query_map(q_BTHK, "query"), self.key_map(k_BTGK, "key")
-        near_H11, far_H11 = (weight.view(-1, 1, 1) for weight in self._weights())
+        near_H11, far_H11 = (1 if weight is None else weight.view(-1, 1, 1) for weight in self._weights())
 
         def rows(start: int, stop: int) -> Tensor:
             far = torch.einsum("bihf,bjhf->bhij", q_BTHF[:, start:stop], k_BTHF)

@@ -26,13 +26,14 @@ class Timeline:
     """The current tokens' places.
 
     Attributes:
-        position_BT: index of each token in its document, continued from the state; -1 for padding.
+        position_BT: index of each token in its document, continued from the state; -1 for padding. None = 0, 1, 2, ...
         padding_B: how many of the current tokens are padding, all at the left; None = none anywhere.
-        seen_B: real tokens of the row's last document, the current ones included; part of the state.
+        seen_B: real tokens of the row's last document, the current ones included; part of the state, and anything where
+            no tokens follow.
         packed: rows hold several documents.
     """
 
-    position_BT: Tensor
+    position_BT: Tensor | None
     padding_B: Tensor | None
     seen_B: Tensor
     packed: bool = False
@@ -65,6 +66,9 @@ def begin(heads: HeadInputs, seen_B: Tensor | None) -> tuple[HeadInputs, Timelin
     batch, length = heads.q_BTHK.shape[:2]
     device = heads.q_BTHK.device
     if seen_B is None:
+        if heads.mask_BT is None and heads.segments_BT is None:  # nothing to compute
+            seen_B = torch.empty(batch, dtype=torch.long, device=device)
+            return heads, Timeline(None, None, seen_B if heads.last else seen_B.fill_(length)), lambda y_BTX: y_BTX
         seen_B = torch.zeros(batch, dtype=torch.long, device=device)
     if heads.mask_BT is not None:
         assert heads.segments_BT is None, "packed rows have no padding"
@@ -72,8 +76,8 @@ def begin(heads: HeadInputs, seen_B: Tensor | None) -> tuple[HeadInputs, Timelin
         back_BT = order_BT.argsort(dim=1)
         heads = _reorder(heads, order_BT)
         assert heads.mask_BT is not None
-        position_BT = (seen_B[:, None] + heads.mask_BT.long().cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
-        real_B = heads.mask_BT.long().sum(1)
+        position_BT = (seen_B[:, None] + heads.mask_BT.cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
+        real_B = heads.mask_BT.sum(1)
         return heads, Timeline(position_BT, length - real_B, seen_B + real_B), lambda y_BTX: take(y_BTX, back_BT)
     position_BT = seen_B[:, None] + positions(heads)
     if heads.segments_BT is None:
@@ -85,7 +89,7 @@ def positions(heads: HeadInputs) -> Tensor:
     """Index [B, T] of each token in its document, counting real tokens only, on sequences from their start."""
     batch, length = heads.q_BTHK.shape[:2]
     if heads.mask_BT is not None:
-        return (heads.mask_BT.long().cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
+        return (heads.mask_BT.cumsum(1) - 1).masked_fill(~heads.mask_BT, -1)
     place_T = torch.arange(length, device=heads.q_BTHK.device)
     if heads.segments_BT is None:
         return place_T.expand(batch, -1)
@@ -113,7 +117,7 @@ def find_sinks(
 
     A sink that has not come yet is anything: queries do not see it, because their positions tell.
     """
-    if state is None and timeline.padding_B is None and not timeline.packed:  # sinks stand where rows start
+    if timeline.position_BT is None:  # sinks stand where rows start
         first = Sinks(*(_first(x, sinks)[:, None] for x in (k_BTGK, v_BTGV)))
         return first, first
     kept = Sinks(
@@ -122,6 +126,7 @@ def find_sinks(
     )
     if not timeline.packed:
         return kept, kept
+    assert timeline.position_BT is not None
     k_BTSGK, v_BTSGV = (first_tokens(x, timeline.position_BT, sinks) for x in (k_BTGK, v_BTGV))
     return Sinks(k_BTSGK, v_BTSGV), kept
 

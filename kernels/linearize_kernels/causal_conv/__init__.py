@@ -24,7 +24,7 @@ MAX_TAPS = 4
 def causal_convs(
     xs: Sequence[Tensor],
     taps: Sequence[Tensor],
-    position_BT: Tensor,
+    position_BT: Tensor | None,
     tails: Sequence[Tensor] | None = None,
     padding_B: Tensor | None = None,
     *,
@@ -39,6 +39,7 @@ def causal_convs(
         taps: filters [H, C, S] of each; tap 0 belongs to the current token. With H > X, head h filters input head
             h // (H // X).
         position_BT: index of each token in its document; -1 for padding. A token at position p sees p tokens back.
+            None = 0, 1, 2, ..., without tails.
         tails: the last S - 1 tokens [B, S - 1, X, C] before the first, of each input, as returned; None at the start.
         padding_B: how many tokens at each row's left are padding: the tail stands after them. None = none anywhere.
         shifts: [H, C] of each, or None.
@@ -47,31 +48,9 @@ def causal_convs(
     Returns:
         outputs [B, T, H, C], and the last S - 1 tokens in the dtype of x, zeros before the first.
     """
+    assert position_BT is not None or tails is None
     if taps[0].shape[-1] <= MAX_TAPS and uses_triton("causal_conv", xs[0]):
-        return _launch(xs, taps, position_BT, tails, padding_B, shifts, activation == "silu", dtype)
+        from linearize_kernels.causal_conv.launch import convolve_together
+
+        return convolve_together(xs, taps, position_BT, tails, padding_B, shifts, activation == "silu", dtype)
     return chunk_causal_convs(xs, taps, position_BT, tails, padding_B, shifts, activation, dtype)
-
-
-def _launch(
-    xs: Sequence[Tensor], taps: Sequence[Tensor], position_BT: Tensor, tails: Sequence[Tensor] | None,
-    padding_B: Tensor | None, shifts: Sequence[Tensor | None] | None, silu: bool, dtype: torch.dtype | None,
-) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
-    """All inputs in one launch."""
-    from linearize_kernels.causal_conv.launch import MAX_INPUTS, convolve
-
-    count, none = len(xs), [None] * MAX_INPUTS
-    assert count == len(taps) <= MAX_INPUTS, (count, len(taps))
-    tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
-    before = none if tails is None else [tail.to(x.dtype).contiguous() for tail, x in zip(tails, xs, strict=True)]
-    added = none if shifts is None else [None if shift is None else shift.contiguous() for shift in shifts]
-    found = convolve(
-        *_slots(tokens), *_slots([x.contiguous() for x in taps]), *_slots(added), *_slots(before),
-        position_BT.contiguous(), None if padding_B is None else padding_B.contiguous(), silu,
-        dtype or torch.promote_types(xs[0].dtype, taps[0].dtype),
-    )  # fmt: skip
-    return list(found[:count]), list(found[MAX_INPUTS : MAX_INPUTS + count])
-
-
-def _slots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """Three of them."""
-    return (*tensors, None, None)[:3]

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def causal_conv(x_BMXC: Tensor, taps_HCS: Tensor, position_BT: Tensor) -> Tensor:
+def causal_conv(x_BMXC: Tensor, taps_HCS: Tensor, position_BT: Tensor | None) -> Tensor:
     """y_t = sum_s taps_s x_t-s, over the tokens of t's own document only.
 
     Args:
@@ -17,18 +17,20 @@ def causal_conv(x_BMXC: Tensor, taps_HCS: Tensor, position_BT: Tensor) -> Tensor
             M = S - 1 + T.
         taps_HCS: filters; tap 0 belongs to the current token. With H > X, head h filters input head h // (H // X).
         position_BT: index of each token in its document; -1 for padding. A token at position p sees p tokens back.
+            None: all of them.
 
     Returns:
         [B, T, H, C] in the promoted dtype of x and taps.
     """
     heads, _, taps = taps_HCS.shape
-    length, groups = position_BT.shape[1], x_BMXC.shape[2]
-    assert x_BMXC.shape[1] == taps - 1 + length, (x_BMXC.shape, taps, length)
+    length, groups = x_BMXC.shape[1] - (taps - 1), x_BMXC.shape[2]
+    assert position_BT is None or position_BT.shape[1] == length, (x_BMXC.shape, taps, position_BT.shape)
     taps_XRCS = taps_HCS.unflatten(0, (groups, heads // groups))
     y_BTXRC = None
     for back in range(taps):
         x_BTXC = x_BMXC[:, taps - 1 - back : taps - 1 - back + length]
-        x_BTXC = x_BTXC.masked_fill((position_BT < back)[:, :, None, None], 0)  # here, so that NaN reaches no gradient
+        if position_BT is not None:  # here, so that NaN reaches no gradient
+            x_BTXC = x_BTXC.masked_fill((position_BT < back)[:, :, None, None], 0)
         term = x_BTXC.unsqueeze(3) * taps_XRCS[..., back]
         y_BTXRC = term if y_BTXRC is None else y_BTXRC + term
     assert y_BTXRC is not None
@@ -36,7 +38,7 @@ def causal_conv(x_BMXC: Tensor, taps_HCS: Tensor, position_BT: Tensor) -> Tensor
 
 
 def chunk_causal_convs(
-    xs: Sequence[Tensor], taps: Sequence[Tensor], position_BT: Tensor, tails: Sequence[Tensor] | None,
+    xs: Sequence[Tensor], taps: Sequence[Tensor], position_BT: Tensor | None, tails: Sequence[Tensor] | None,
     padding_B: Tensor | None, shifts: Sequence[Tensor | None] | None, activation: str, dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
     """`causal_convs`, one input after the other."""

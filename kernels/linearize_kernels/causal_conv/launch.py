@@ -5,6 +5,7 @@ Each of three inputs, and what belongs to it, is an argument of its own: lists w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ class Plan:
             "W": self.tile,
             "COLUMNS": self.columns,
             "STARTED": started,
+            "POSITIONED": tensors[12] is not None,
             "PADDED": tensors[13] is not None,
             "SILU": silu,
         }
@@ -84,7 +86,7 @@ def _new_outputs(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tenso
 def convolve(
     x_1: Tensor, x_2: Optional, x_3: Optional, taps_1: Tensor, taps_2: Optional, taps_3: Optional,
     shift_1: Optional, shift_2: Optional, shift_3: Optional, tail_1: Optional, tail_2: Optional, tail_3: Optional,
-    position: Tensor, padding: Optional, silu: bool, dtype: torch.dtype,
+    position: Optional, padding: Optional, silu: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Three outputs [B, T, H, C] in `dtype` and three new tails [B, S - 1, X, C], empty for inputs not given.
 
@@ -111,7 +113,7 @@ def convolve_backward(
     dy_1: Optional, dy_2: Optional, dy_3: Optional, d_end_1: Optional, d_end_2: Optional, d_end_3: Optional,
     x_1: Tensor, x_2: Optional, x_3: Optional, taps_1: Tensor, taps_2: Optional, taps_3: Optional,
     shift_1: Optional, shift_2: Optional, shift_3: Optional, tail_1: Optional, tail_2: Optional, tail_3: Optional,
-    position: Tensor, padding: Optional, silu: bool, dtype: torch.dtype,
+    position: Optional, padding: Optional, silu: bool, dtype: torch.dtype,
 ) -> list[Tensor]:  # fmt: skip
     """Gradients of inputs, taps, shifts and tails, empty for what was not given; fp32 for taps and shifts.
 
@@ -165,3 +167,27 @@ def _differentiate(ctx: Any, *upstream: Optional) -> tuple[Optional, ...]:
 
 
 differentiate("causal_convs", _differentiate, _save)
+
+
+def convolve_together(
+    xs: Sequence[Tensor], taps: Sequence[Tensor], position_BT: Tensor | None, tails: Sequence[Tensor] | None,
+    padding_B: Tensor | None, shifts: Sequence[Tensor | None] | None, silu: bool, dtype: torch.dtype | None,
+) -> tuple[list[Tensor], list[Tensor]]:  # fmt: skip
+    """`causal_convs`, all inputs in one launch."""
+    count, none = len(xs), [None] * MAX_INPUTS
+    assert count == len(taps) <= MAX_INPUTS, (count, len(taps))
+    tokens = [x if x.stride(-1) == 1 else x.contiguous() for x in xs]
+    before = none if tails is None else [tail.to(x.dtype).contiguous() for tail, x in zip(tails, xs, strict=True)]
+    added = none if shifts is None else [None if shift is None else shift.contiguous() for shift in shifts]
+    found = convolve(
+        *_slots(tokens), *_slots([x.contiguous() for x in taps]), *_slots(added), *_slots(before),
+        None if position_BT is None else position_BT.contiguous(),
+        None if padding_B is None else padding_B.contiguous(), silu,
+        dtype or torch.promote_types(xs[0].dtype, taps[0].dtype),
+    )  # fmt: skip
+    return list(found[:count]), list(found[MAX_INPUTS : MAX_INPUTS + count])
+
+
+def _slots(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Three of them."""
+    return (*tensors, None, None)[:3]

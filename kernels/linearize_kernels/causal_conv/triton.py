@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from linearize_kernels.tiles import places
+
 
 @triton.jit
 def load_tokens(x, tail, first, x_token, tail_token, padding, length, column, width, S: tl.constexpr, C: tl.constexpr,
@@ -27,13 +29,6 @@ def load_tokens(x, tail, first, x_token, tail_token, padding, length, column, wi
             at = tail + place.to(tl.int64)[:, None] * tail_token + column[None, :]
             tile = tl.where(earlier, tl.load(at, mask=earlier, other=0.0), tile)
     return tile
-
-
-@triton.jit
-def load_positions(position, first, length, C: tl.constexpr):
-    """[C] positions of the tokens from `first` on; -1 outside."""
-    row = first + tl.arange(0, C)
-    return tl.load(position + row, mask=(row >= 0) & (row < length), other=-1)
 
 
 @triton.jit
@@ -79,7 +74,8 @@ def convolve_head(x, taps, shift, tail, y, end, x_token, positions, b, g, column
 def convolve(x_1, x_2, x_3, taps_1, taps_2, taps_3, shift_1, shift_2, shift_3, tail_1, tail_2, tail_3, position,
              padding, y_1, y_2, y_3, end_1, end_2, end_3, batch_1, token_1, head_1, batch_2, token_2, head_2, batch_3,
              token_3, head_3, length, tiles, SHAPES: tl.constexpr, S: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-             COLUMNS: tl.constexpr, STARTED: tl.constexpr, PADDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+             COLUMNS: tl.constexpr, STARTED: tl.constexpr, POSITIONED: tl.constexpr, PADDED: tl.constexpr,
+             SILU: tl.constexpr):  # fmt: skip
     """Outputs and new tails. Grid: B rows, `tiles` tiles of tokens, COLUMNS tiles of channels of all inputs' heads."""
     xs, taps, shifts = (x_1, x_2, x_3), (taps_1, taps_2, taps_3), (shift_1, shift_2, shift_3)
     tails, ys, ends = (tail_1, tail_2, tail_3), (y_1, y_2, y_3), (end_1, end_2, end_3)
@@ -91,7 +87,7 @@ def convolve(x_1, x_2, x_3, taps_1, taps_2, taps_3, shift_1, shift_2, shift_3, t
     before = 0
     if PADDED:
         before = tl.load(padding + b).to(tl.int32)
-    positions = load_positions(position + b * length, first, length, C)
+    positions = places(position + b * length, first, length, C, POSITIONED)
     start = 0
     for i in tl.static_range(len(SHAPES)):
         blocks = (SHAPES[i][2] + W - 1) // W
@@ -108,8 +104,8 @@ def convolve(x_1, x_2, x_3, taps_1, taps_2, taps_3, shift_1, shift_2, shift_3, t
 @triton.jit
 def gradients_of_head(x, taps, shift, tail, dy, d_end, dx, d_tail, share, x_token, position, b, g, column, first,
                       padding, length, X: tl.constexpr, R: tl.constexpr, width: tl.constexpr, SHIFTED: tl.constexpr,
-                      S: tl.constexpr, C: tl.constexpr, STARTED: tl.constexpr, ENDED: tl.constexpr,
-                      SILU: tl.constexpr):  # fmt: skip
+                      S: tl.constexpr, C: tl.constexpr, STARTED: tl.constexpr, POSITIONED: tl.constexpr,
+                      ENDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """Of the tokens from `first` on and of their share of the taps; tile n of `sources` lies n - (S - 1) ahead."""
     row = first + tl.arange(0, C)
     inside = (column < width)[None, :]
@@ -123,7 +119,7 @@ def gradients_of_head(x, taps, shift, tail, dy, d_end, dx, d_tail, share, x_toke
     for r in range(R):
         h = g * R + r
         for ahead in tl.static_range(S):
-            positions = load_positions(position, first + ahead, length, C)
+            positions = places(position, first + ahead, length, C, POSITIONED)
             later = row + ahead
             at = dy + ((b * length + later)[:, None] * (X * R) + h) * width + column[None, :]
             one = tl.load(at, mask=((later >= 0) & (later < length))[:, None] & inside, other=0.0).to(tl.float32)
@@ -162,8 +158,8 @@ def convolve_gradients(x_1, x_2, x_3, taps_1, taps_2, taps_3, shift_1, shift_2, 
                        position, padding, dy_1, dy_2, dy_3, d_end_1, d_end_2, d_end_3, dx_1, dx_2, dx_3, d_tail_1,
                        d_tail_2, d_tail_3, shares, batch_1, token_1, head_1, batch_2, token_2, head_2, batch_3, token_3,
                        head_3, length, tiles, SHAPES: tl.constexpr, S: tl.constexpr, C: tl.constexpr, W: tl.constexpr,
-                       COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, STARTED: tl.constexpr, PADDED: tl.constexpr,
-                       ENDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
+                       COLUMNS: tl.constexpr, WEIGHTS: tl.constexpr, STARTED: tl.constexpr, POSITIONED: tl.constexpr,
+                       PADDED: tl.constexpr, ENDED: tl.constexpr, SILU: tl.constexpr):  # fmt: skip
     """Gradients of inputs and tails, and each tile's share of those of taps and shifts, [B * tiles, WEIGHTS].
 
     Grid as above; with tails, the tiles begin S - 1 tokens before the first.
@@ -192,6 +188,7 @@ def convolve_gradients(x_1, x_2, x_3, taps_1, taps_2, taps_3, shift_1, shift_2, 
             x = xs[i] + b * batches[i] + g * heads[i]
             gradients_of_head(x, taps[i], shifts[i], tails[i], dys[i], d_ends[i], dxs[i], d_tails[i], share + weights,
                               tokens[i], position + b * length, b, g, column, first, before, length, SHAPES[i][0],
-                              SHAPES[i][1], SHAPES[i][2], SHAPES[i][3], S, C, STARTED, ENDED, SILU)  # fmt: skip
+                              SHAPES[i][1], SHAPES[i][2], SHAPES[i][3], S, C, STARTED, POSITIONED, ENDED,
+                              SILU)  # fmt: skip
         start += SHAPES[i][0] * blocks
         weights += SHAPES[i][0] * SHAPES[i][1] * SHAPES[i][2] * (S + SHAPES[i][3])

@@ -49,7 +49,7 @@ def linear_sums(
             no decay is a key that does not exist (padding).
         v_BTGV: values; query head h reads value head h // (H // G).
         log_gate: [B, T, J] log decay per head or [B, T, J, F] per feature, <= 0; None = no decay. The decay of token
-            t applies before t is written.
+            t applies before t is written. Fewer heads than J stand for as many neighbours each.
         state: running sums of the tokens before, of the first token's document; None at the start.
         segments_BT: document number of each token, non-decreasing along T. Tokens of different documents do not see
             each other; the state returned is the last document's.
@@ -58,12 +58,12 @@ def linear_sums(
         num [B, T, H, V], den [B, T, H], both fp32 (fp64 for fp64), and the state after the last token.
     """
     if _in_triton(q_BTHF, v_BTGV):
-        if state is not None and _decodes(q_BTHF, k_BTJF, v_BTGV, log_gate, state):
-            num_B1HV, den_B1H, end = _step(q_BTHF, k_BTJF, v_BTGV, log_gate, state, 0.0, normalised=False)
-            return num_B1HV, den_B1H, end
-        return _walk(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT, None, 0.0, normalised=False)
-    if log_gate is not None and log_gate.ndim == 4:
-        log_gate = log_gate.clamp_min(MIN_LOG_GATE)
+        from linearize_kernels.gated_linear_attention.in_triton import sums
+
+        return sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
+    if log_gate is not None:
+        log_gate = spread(log_gate, k_BTJF.shape[2])
+        log_gate = log_gate if log_gate.ndim == 3 else log_gate.clamp_min(MIN_LOG_GATE)
     if q_BTHF.shape[1] == 1 and state is not None:
         return step_linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state)
     return chunk_linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
@@ -79,25 +79,22 @@ def gated_linear_attention(
     *,
     other: Branch | None = None,
     epsilon: float = 0.0,
+    last: bool = False,
 ) -> tuple[Tensor, LinearState]:
     """Normalised causal linear attention of non-negative features (arXiv 2006.16236), num / den of `linear_sums`.
 
     Args:
         other: another branch under the same denominator: y = (num + o d) / (den + d + epsilon).
         epsilon: added to the denominator.
+        last: nobody reads the state that comes back; it may be anything.
 
     Returns:
         y [B, T, H, V] in the dtype of v, 0 where nothing is seen, and the state after the last token.
     """
     if _in_triton(q_BTHF, v_BTGV):
-        decodes = state is not None and _decodes(q_BTHF, k_BTJF, v_BTGV, log_gate, state)
-        if not decodes:
-            rest = (log_gate, state, segments_BT, other, epsilon)
-            y_BTHV, _, end = _walk(q_BTHF, k_BTJF, v_BTGV, *rest, normalised=True)
-            return y_BTHV, end
-        if state is not None and other is None:
-            y_BTHV, _, end = _step(q_BTHF, k_BTJF, v_BTGV, log_gate, state, epsilon, normalised=True)
-            return y_BTHV, end
+        from linearize_kernels.gated_linear_attention.in_triton import attend
+
+        return attend(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT, other, epsilon, last)
     sums = linear_sums(q_BTHF, k_BTJF, v_BTGV, log_gate, state, segments_BT)
     return merge(sums[0], sums[1], other, epsilon).to(v_BTGV.dtype), sums[2]
 
@@ -117,46 +114,10 @@ def _in_triton(q_BTHF: Tensor, v_BTGV: Tensor) -> bool:
     return uses_triton("gated_linear_attention", v_BTGV, q_BTHF.shape[-1], v_BTGV.shape[-1])
 
 
-def _decodes(q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, log_gate: Tensor | None, state: LinearState) -> bool:
-    """One token after a state, and nothing to differentiate: the step has no backward."""
-    given = (q_BTHF, k_BTJF, v_BTGV, log_gate, *state)
-    return q_BTHF.shape[1] == 1 and not (
-        torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
-    )
-
-
-def _step(
-    q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, log_gate: Tensor | None, state: LinearState, epsilon: float, *,
-    normalised: bool,
-) -> tuple[Tensor, Tensor, LinearState]:  # fmt: skip
-    """One token in Triton; features stay in fp32 where they come so: nothing is multiplied by matrix units."""
-    from linearize_kernels.gated_linear_attention.triton_step import step
-
-    y, den, s, z = step(
-        unit(q_BTHF), unit(k_BTJF), unit(v_BTGV), contiguous(log_gate),
-        state.s_BJFV.float().contiguous(), state.z_BJF.float().contiguous(), normalised, epsilon,
-    )  # fmt: skip
-    return y, den, LinearState(s, z)
-
-
-def _walk(
-    q_BTHF: Tensor, k_BTJF: Tensor, v_BTGV: Tensor, log_gate: Tensor | None, state: LinearState | None,
-    segments_BT: Tensor | None, other: Branch | None, epsilon: float, *, normalised: bool,
-) -> tuple[Tensor, Tensor, LinearState]:  # fmt: skip
-    """In Triton, where every query head has a state of its own; features come in the dtype of v."""
-    from linearize_kernels.gated_linear_attention.launch import walk
-
-    dtype = v_BTGV.dtype
-    shared = q_BTHF.shape[2] // k_BTJF.shape[2]
-    s, z = (None, None) if state is None else (x.float().repeat_interleave(shared, dim=1) for x in state)
-    y, scale, end_s, end_z, _, _ = walk(
-        unit(q_BTHF, dtype), unit(k_BTJF, dtype), unit(v_BTGV),
-        None if log_gate is None else log_gate.contiguous(), None, contiguous(segments_BT), None, None, None, None,
-        None if other is None else other.o_BTHV.to(dtype).contiguous(),
-        None if other is None else other.den_BTH.float().contiguous(),
-        contiguous(s), contiguous(z), "none", normalised, epsilon, 0, 0, True,
-    )  # fmt: skip
-    return y, scale, LinearState(end_s[:, ::shared], end_z[:, ::shared])
+def spread(log_gate: Tensor, heads: int) -> Tensor:
+    """One decay per key feature head."""
+    shared = heads // log_gate.shape[2]
+    return log_gate if shared == 1 else log_gate.repeat_interleave(shared, dim=2)
 
 
 def unit(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -20,7 +20,7 @@ from linearize_kernels.gated_linear_attention import Branch, LinearState, gated_
 from linearize_kernels.hedgehog_attention.maps import FeatureMap, Map, hedgehog_features, map_heads
 from linearize_kernels.rotary import rotary
 
-__all__ = ["FeatureMap", "Map", "hedgehog_attention", "hedgehog_features", "map_heads"]
+__all__ = ["FeatureMap", "Map", "features_of_both", "hedgehog_attention", "hedgehog_features", "map_heads"]
 
 
 def hedgehog_attention(
@@ -75,8 +75,26 @@ def hedgehog_attention(
         k_BTGK, v_BTGV = (F.pad(x, (0, 0, 0, 0, delay, 0))[:, :length] for x in (k_BTGK, v_BTGV))
         comes_T = torch.arange(length, device=k_BTGK.device) >= delay + skip
         mask_BT = comes_T.expand(k_BTGK.shape[0], -1) if mask_BT is None else mask_BT & comes_T
-    q_BTHF = hedgehog_features(q_BTHK, *query_map, feature_map, "query")
+    q_BTHF, k_BTHF = features_of_both(q_BTHK, k_BTGK, query_map, key_map, feature_map, mask_BT, torch.float32)
+    return gated_linear_attention(q_BTHF, k_BTHF, v_BTGV, log_gate_BTH, state, segments_BT, other=other)
+
+
+def features_of_both(
+    q_BTGK: Tensor, k_BTGK: Tensor, query_map: Map, key_map: Map, feature_map: FeatureMap, mask_BT: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`hedgehog_features` of queries and of keys; 0 for keys that are masked.
+
+    Rounded to `dtype` in Triton, in one launch, where nobody differentiates them.
+    """
+    widths = (q_BTGK.shape[-1], 2 * query_map.weight_HKF.shape[-1])
+    given = (q_BTGK, k_BTGK, *query_map, *key_map)
+    differentiated = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in given)
+    if not differentiated and uses_triton("hedgehog_features", q_BTGK, *widths):
+        from linearize_kernels.hedgehog_attention.launch import features
+
+        return features(q_BTGK, k_BTGK, query_map, key_map, feature_map, mask_BT, dtype)
     k_BTHF = hedgehog_features(k_BTGK, *key_map, feature_map, "key")
     if mask_BT is not None:
         k_BTHF = k_BTHF * mask_BT[:, :, None, None]
-    return gated_linear_attention(q_BTHF, k_BTHF, v_BTGV, log_gate_BTH, state, segments_BT, other=other)
+    return hedgehog_features(q_BTGK, *query_map, feature_map, "query"), k_BTHF

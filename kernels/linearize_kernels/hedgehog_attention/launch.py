@@ -1,4 +1,4 @@
-"""Hedgehog attention in Triton: the walk over a sequence, or one step. Legend in __init__.py."""
+"""Hedgehog attention in Triton: the walk over a sequence, or one step; features alone. Legend in __init__.py."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from linearize_kernels.gated_linear_attention import Branch, LinearState, contiguous, unit
 from linearize_kernels.gated_linear_attention.launch import walk
 from linearize_kernels.hedgehog_attention.maps import FeatureMap, Map
+from linearize_kernels.hedgehog_attention.triton_features import features_op
 from linearize_kernels.hedgehog_attention.triton_step import hedgehog_step_op
 from linearize_kernels.rotary import rotary
 
@@ -67,3 +68,15 @@ def _walk(
         feature_map, True, 0.0, delay, skip, not last,
     )  # fmt: skip
     return y, LinearState(end_s, end_z)
+
+
+def features(
+    q_BTGK: Tensor, k_BTGK: Tensor, query_map: Map, key_map: Map, feature_map: FeatureMap, mask_BT: Tensor | None,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `features_of_both`."""
+    q_BTHF, k_BTHF = features_op(
+        unit(q_BTGK), unit(k_BTGK), query_map.weight_HKF.contiguous(), key_map.weight_HKF.contiguous(),
+        contiguous(query_map.bias_HF), contiguous(key_map.bias_HF), contiguous(mask_BT), feature_map, dtype,
+    )  # fmt: skip
+    return q_BTHF, k_BTHF

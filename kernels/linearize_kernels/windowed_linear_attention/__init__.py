@@ -73,7 +73,7 @@ def windowed_linear_attention(
     window: int,
     position_BT: Tensor | None = None,
     segments_BT: Tensor | None = None,
-    weights: tuple[Tensor, Tensor] | None = None,
+    weights: tuple[Tensor | None, Tensor | None] = (None, None),
     *,
     separate: bool = False,
     last: bool = False,
@@ -94,19 +94,13 @@ def windowed_linear_attention(
         branch has to be positive where the denominator is shared.
     """
     o_BTHV, den_BTH = window_attention(*near[:3], window, position_BT, near.sinks, near.meta_HL)
+    near_H, far_H = weights
     other = None
     if not separate:
-        near_H, far_H = weights or (den_BTH.new_ones(1), den_BTH.new_ones(1))
-        other = Branch(o_BTHV, den_BTH * (near_H / far_H.clamp_min(SMALLEST)))
+        den_BTH = den_BTH if near_H is None else den_BTH * near_H
+        other = Branch(o_BTHV, den_BTH if far_H is None else den_BTH / far_H.clamp_min(SMALLEST))
     y_BTHV, state = hedgehog_attention(
-        far.q_BTHK,
-        far.k_BTGK,
-        far.v_BTGV,
-        far.query_map,
-        far.key_map,
-        far.feature_map,
-        far.log_gate_BTH,
-        far.state,
+        *far[:8],
         segments_BT,
         far.mask_BT,
         other=other,
@@ -116,10 +110,9 @@ def windowed_linear_attention(
     )
     if not separate:
         return y_BTHV, state
-    if weights is None:
-        return o_BTHV + y_BTHV, state
-    near_H1, far_H1 = (weight.unsqueeze(-1) for weight in weights)
-    return (near_H1 * o_BTHV + far_H1 * y_BTHV).to(y_BTHV.dtype), state
+    near_BTHV = o_BTHV if near_H is None else near_H.unsqueeze(-1) * o_BTHV
+    far_BTHV = y_BTHV if far_H is None else far_H.unsqueeze(-1) * y_BTHV
+    return (near_BTHV + far_BTHV).to(y_BTHV.dtype), state
 
 
 def _in_triton(q_BTHK: Tensor, v_BMGV: Tensor) -> bool:

@@ -15,24 +15,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize_kernels.tiles import load_column, load_rows, store_column, store_rows
+from linearize_kernels.tiles import load_column, load_rows, places, store_column, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 NOTHING = tl.constexpr(float("-inf"))
 FAR = tl.constexpr(1 << 30)
 META = tl.constexpr((1 << 30) - 1)
-
-
-@triton.jit
-def places(position, first, length, C: tl.constexpr, POSITIONED: tl.constexpr):
-    """Index of each token in its document, [C] int32; -1 where there is none."""
-    token = first + tl.arange(0, C)
-    inside = (token >= 0) & (token < length)
-    if POSITIONED:
-        place = tl.load(position + token, mask=inside, other=-1).to(tl.int32)
-    else:
-        place = tl.where(inside, token, -1)
-    return place
 
 
 @triton.jit
