@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from linearize.attention import StudentAttention
 from linearize.cache import StudentCacheLayer
-from linearize.export import PROBE_FILE, load_student, probe_logits, save_model
+from linearize.export import PROBE_FILE, load_student, load_student_tokenizer, probe_logits, save_model
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit where that is above 1; fp32."""
@@ -262,7 +262,7 @@ def examine_folder(folder: str | Path, device: str = "cpu") -> list[Finding]:
     """
     model = load_student(folder, dtype=torch.float32, device=device)
     has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
-    findings = examine(model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None)
+    findings = examine(model, load_student_tokenizer(folder) if has_tokenizer else None)
     recorded = Path(folder) / PROBE_FILE
     if recorded.is_file():
         model = load_student(folder, device=device)  # in the dtype it was written in

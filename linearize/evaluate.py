@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import linearize.modeling  # noqa: F401 - registers the classes
 from linearize.config import Config, parse_count
@@ -34,6 +34,7 @@ from linearize.evals.tasks.compare import compared
 from linearize.evals.tasks.harness import check_installed, run_local, run_named
 from linearize.evals.tasks.rows import LocalTask, read_tasks
 from linearize.evals.tasks.score import Scores, score, task_row
+from linearize.export import load_student_tokenizer, refuse_no_student
 from linearize.machine import choose_machine, versions
 from linearize.reach import last_position
 
@@ -45,8 +46,9 @@ def teacher_of(folder: str | Path) -> str:
     """What the student in `folder` was converted from, as its metrics.json says.
 
     Raises:
-        RunError: when it does not say.
+        RunError: when it does not say, or is no student.
     """
+    refuse_no_student(folder)
     path = Path(folder) / "metrics.json"
     remedy = "Name the teacher with --teacher, or leave it out with --no-teacher."
     if not path.is_file():
@@ -141,7 +143,7 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
     config = AutoConfig.from_pretrained(wanted.folder)
     _check_positions(wanted, last_position(config))
     positions: int = config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(wanted.folder)
+    tokenizer = load_student_tokenizer(wanted.folder)
     machine = choose_machine(wanted.device, "auto")
     bench = Bench(wanted, machine, tokenizer, Cells(wanted.out), say, positions)
     longest = max((tokens.size for tokens in bench.heldout.values()), default=0)

@@ -17,7 +17,7 @@ from transformers import AutoConfig, PreTrainedModel
 from linearize.attention import StudentAttention
 from linearize.errors import RunError
 from linearize.evals.records import BRANCHES
-from linearize.export import load_student
+from linearize.export import load_student, refuse_no_student
 from linearize.machine import Machine
 from linearize.mixers import MixerConfig, mixer_config
 from linearize.mixers.base import Branch, silenced
@@ -89,6 +89,7 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     Raises:
         RunError: for a folder without a student.
     """
+    refuse_no_student(folder)
     try:
         entry: dict[str, Any] | None = AutoConfig.from_pretrained(folder).to_dict().get("linearize")
     except (OSError, ValueError) as error:
