@@ -27,7 +27,7 @@ from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import TOKENS as DIAGNOSTIC_TOKENS
 from linearize.evals.diagnostics import diagnose, pair
 from linearize.evals.positions import WindowLosses, perplexity_row, position_rows, window_losses
-from linearize.evals.recall import Answered, Questions, ask, find_tasks
+from linearize.evals.recall import Answered, Questions, ask, check_questions, find_tasks
 from linearize.evals.records import DiagnosticRow, Made, RecallRow, TaskRow, write_rows
 from linearize.evals.subjects import STUDENT, TEACHER, Subject, find_subjects, lazily, surgery_of
 from linearize.evals.tasks.compare import compared
@@ -153,6 +153,8 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
             place="perplexity",
             remedy="Give more held-out text, allow more tokens or choose shorter windows.",
         )
+    shortest = Questions(length=min(wanted.lengths), depths=wanted.depths, samples=1, seed=wanted.seed)
+    check_questions(tokenizer, find_tasks(wanted.recall), shortest, bench.prose)
     far = [length for length in wanted.lengths if bench.beyond(length)]
     if far and (wanted.recall or wanted.text is not None):
         named = ", ".join(f"{length:,}" for length in far)
