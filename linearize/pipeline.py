@@ -69,7 +69,6 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         facts = facts_of(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
         facts["overlap"] = say_overlap(corpus, heldout, teacher.tokenizer, console)
         folder.begin(facts)
-
         streamed = stream_layers(teacher.model, machine.device) if job.stream_layers else None
         before = Measured(**folder.once("teacher", lambda: asdict(measure(teacher.model, teacher.tokenizer, heldout))))
         grafted = replace(_graft(teacher.model, plan, recipe, job.compile), stream=streamed)
