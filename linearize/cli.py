@@ -221,7 +221,8 @@ def doctor(
     from linearize.doctor import examine_folder
     from linearize.tables import doctor_report, findings_json
 
-    findings = examine_folder(path, device)
+    with log_console.status("Loading the model") as status:
+        findings = examine_folder(path, device, status.update)
     if as_json:
         sys.stdout.write(json.dumps(findings_json(findings), indent=2) + "\n")
     else:

@@ -16,12 +16,13 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import Cache
 
 from linearize.attention import StudentAttention
 from linearize.cache import StudentCacheLayer
-from linearize.export import PROBE_FILE, load_student, probe_logits, save_model
+from linearize.export import PROBE_FILE, load_student, load_student_tokenizer, probe_logits, save_model
+from linearize.machine import choose_machine
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit where that is above 1; fp32."""
@@ -246,23 +247,38 @@ CHECKS: tuple[Callable[[Patient], Finding], ...] = (
 
 
 @torch.no_grad()
-def examine(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Finding]:
-    """Run every check on a model in memory. It should be in fp32 and eval mode; it is not changed."""
+def examine(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Finding]:
+    """Run every check on a model in memory. It should be in fp32 and eval mode; it is not changed.
+
+    Args:
+        say: told of each check as it begins; on a CPU some take minutes.
+    """
     assert not model.training
     patient = Patient.of(model, tokenizer)
-    return [check(patient) for check in CHECKS]
+    findings = []
+    for number, check in enumerate(CHECKS, 1):
+        say(f"Check {number} of {len(CHECKS)}: {check.__name__.removeprefix('check_')}")
+        findings.append(check(patient))
+    return findings
 
 
 @torch.no_grad()
-def examine_folder(folder: str | Path, device: str = "cpu") -> list[Finding]:
+def examine_folder(
+    folder: str | Path, device: str = "cpu", say: Callable[[str], None] = lambda _: None
+) -> list[Finding]:
     """Run every check on a folder, and compare it with the logits its trained student had when it was written.
 
     Raises:
-        RunError: when the folder holds no model, or its weights do not fit its config.
+        RunError: when the folder holds no model, its weights do not fit its config, or there is no such device.
     """
+    choose_machine(device, "fp32")
     model = load_student(folder, dtype=torch.float32, device=device)
     has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
-    findings = examine(model, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None)
+    findings = examine(model, load_student_tokenizer(folder) if has_tokenizer else None, say)
     recorded = Path(folder) / PROBE_FILE
     if recorded.is_file():
         model = load_student(folder, device=device)  # in the dtype it was written in

@@ -18,7 +18,8 @@ class LinearizeError(ValueError):
     def __init__(self, problem: str, *, place: str = "", remedy: str = "") -> None:
         self.problem, self.place, self.remedy = problem, place, remedy
         text = f"{place}: {problem}" if place else problem
-        super().__init__(f"{text} {remedy}".strip())
+        stop = "." if remedy and not text.endswith((".", "?", "!")) else ""
+        super().__init__(f"{text}{stop} {remedy}".strip())
 
 
 class RecipeError(LinearizeError):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import linearize.modeling  # noqa: F401 - registers the classes
 from linearize.config import Config, parse_count
@@ -27,13 +27,14 @@ from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import TOKENS as DIAGNOSTIC_TOKENS
 from linearize.evals.diagnostics import diagnose, pair
 from linearize.evals.positions import WindowLosses, perplexity_row, position_rows, window_losses
-from linearize.evals.recall import Answered, Questions, ask, find_tasks
+from linearize.evals.recall import Answered, Questions, ask, check_questions, find_tasks
 from linearize.evals.records import DiagnosticRow, Made, RecallRow, TaskRow, write_rows
 from linearize.evals.subjects import STUDENT, TEACHER, Subject, find_subjects, lazily, surgery_of
 from linearize.evals.tasks.compare import compared
 from linearize.evals.tasks.harness import check_installed, run_local, run_named
 from linearize.evals.tasks.rows import LocalTask, read_tasks
 from linearize.evals.tasks.score import Scores, score, task_row
+from linearize.export import load_student_tokenizer, refuse_no_student
 from linearize.machine import choose_machine, versions
 from linearize.reach import last_position
 
@@ -45,8 +46,9 @@ def teacher_of(folder: str | Path) -> str:
     """What the student in `folder` was converted from, as its metrics.json says.
 
     Raises:
-        RunError: when it does not say.
+        RunError: when it does not say, or is no student.
     """
+    refuse_no_student(folder)
     path = Path(folder) / "metrics.json"
     remedy = "Name the teacher with --teacher, or leave it out with --no-teacher."
     if not path.is_file():
@@ -141,7 +143,7 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
     config = AutoConfig.from_pretrained(wanted.folder)
     _check_positions(wanted, last_position(config))
     positions: int = config.max_position_embeddings
-    tokenizer = AutoTokenizer.from_pretrained(wanted.folder)
+    tokenizer = load_student_tokenizer(wanted.folder)
     machine = choose_machine(wanted.device, "auto")
     bench = Bench(wanted, machine, tokenizer, Cells(wanted.out), say, positions)
     longest = max((tokens.size for tokens in bench.heldout.values()), default=0)
@@ -151,6 +153,8 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
             place="perplexity",
             remedy="Give more held-out text, allow more tokens or choose shorter windows.",
         )
+    shortest = Questions(length=min(wanted.lengths), depths=wanted.depths, samples=1, seed=wanted.seed)
+    check_questions(tokenizer, find_tasks(wanted.recall), shortest, bench.prose)
     far = [length for length in wanted.lengths if bench.beyond(length)]
     if far and (wanted.recall or wanted.text is not None):
         named = ", ".join(f"{length:,}" for length in far)

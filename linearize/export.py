@@ -16,17 +16,18 @@ import yaml
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
 from linearize.adapters import merge_lora
-from linearize.errors import RunError
+from linearize.errors import LinearizeError, RunError
 from linearize.modeling import STUDENT_CLASSES, student_config
 from linearize.quantized import dequantize
 from linearize.recipe import Recipe
 from linearize.remote_code import FILE as REMOTE_CODE_FILE
 from linearize.remote_code import remote_code
 from linearize.surgery import Graft, base_model_type
+from linearize.teacher_files import HUB_ID
 
 PROBE_FILE = "probe.safetensors"
 """Logits of the trained student on a few tokens, for `linearize doctor` to compare a loaded one with."""
@@ -166,15 +167,28 @@ def _head_in_pieces(model: PreTrainedModel) -> Iterator[None]:
         del head.forward
 
 
+def refuse_no_student(folder: str | Path) -> None:
+    """Say so where no student can be: transformers would ask the Hub for a folder that is misspelt, for a minute.
+
+    Raises:
+        RunError: there is no such folder and the name is none of the Hub's, or the folder holds no model.
+    """
+    path = Path(folder)
+    if path.exists() and not (path / "config.json").is_file():
+        began = (path / "run" / "run.json").is_file()
+        problem = "holds no config.json" + (": its run has not ended" if began else "")
+        raise RunError(problem, place=str(path), remedy="Give the --out folder of a finished run.")
+    if not path.exists() and not HUB_ID.fullmatch(str(folder)):
+        raise RunError("no such folder", place=str(path), remedy="Give the --out folder of a finished run.")
+
+
 def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a student and refuse one whose weights do not match its config: nothing is initialised silently.
 
     Raises:
         RunError: for a folder that holds no student, and for missing, unexpected or misshapen weights.
     """
-    path = Path(folder)
-    if path.exists() and not (path / "config.json").is_file():
-        raise RunError("holds no config.json", place=str(path), remedy="Give the --out folder of a finished run.")
+    refuse_no_student(folder)
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
@@ -184,7 +198,9 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below instead
         )
-    except (OSError, SafetensorError) as error:
+    except LinearizeError:
+        raise
+    except (OSError, ValueError, SafetensorError) as error:
         raise RunError(" ".join(str(error).split()), place=str(folder)) from None
     finally:
         if shown:
@@ -195,3 +211,18 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
     if wrong:
         raise RunError(f"its weights do not fit its config: {json.dumps(wrong)[:500]}", place=str(folder))
     return model.eval().to(torch.device(device))
+
+
+def load_student_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a student.
+
+    Raises:
+        RunError: there is none, or it cannot be read.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        problem = f"its tokenizer cannot be loaded: {' '.join(str(error).split())}"
+        remedy = "Save the teacher's tokenizer into the folder with save_pretrained."
+        raise RunError(problem, place=str(folder), remedy=remedy) from None
+    return tokenizer

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from linearize.caching import check_targets
+from linearize.data import check_documents, check_sources
 from linearize.distributed import Split
 from linearize.errors import RunError
 from linearize.recipe import Recipe
@@ -67,8 +68,10 @@ def check_job(job: Conversion, recipe: Recipe, split: Split) -> None:
     Raises:
         RunError: a stage's budget is no step; a tracker is not there; layers cannot be streamed, or quantised.
         RecipeError: no stage reads the targets, or one trains what `quantize` rounds.
+        DataError: local text that is not there, or whose beginning cannot be read.
     """
     check_budgets(recipe)
+    check_text(job, recipe)
     if job.targets is not None:
         check_targets(recipe)
     if job.quantize is not None:
@@ -77,6 +80,17 @@ def check_job(job: Conversion, recipe: Recipe, split: Split) -> None:
     check_trackers(job.track)
     if job.stream_layers:
         _check_stream(job, recipe, split)
+
+
+def check_text(job: Conversion, recipe: Recipe) -> None:
+    """Refuse local text that is not there, or whose first document cannot be read.
+
+    Raises:
+        DataError: naming it.
+    """
+    check_sources(job.data, job.text_field, recipe.data)
+    if job.heldout is not None:
+        check_documents(job.heldout, job.text_field)
 
 
 def check_budgets(recipe: Recipe) -> None:

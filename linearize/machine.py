@@ -61,7 +61,11 @@ def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"
         chosen = torch.device(wanted)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(f"'{wanted}' is no usable device: {str(error).splitlines()[0]}", place="--device") from None
+        raise RunError(
+            f"'{wanted}' is no usable device: {str(error).splitlines()[0]}",
+            place="--device",
+            remedy="Give cpu, cuda or cuda:N, or leave it out: a GPU is taken when there is one.",
+        ) from None
     if chosen.type not in ("cpu", "cuda"):
         raise RunError(f"'{chosen.type}' is not supported; use cpu or cuda", place="--device")
     on_gpu = chosen.type == "cuda"

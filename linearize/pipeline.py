@@ -17,12 +17,12 @@ from linearize.data import Corpus, scheduled_rows
 from linearize.distributed import Split, check_agreement, choose_split, shard_base, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
 from linearize.graphs import obstacle
-from linearize.job import Conversion, check_budgets, check_job
+from linearize.job import Conversion, check_budgets, check_job, check_text
 from linearize.machine import Machine, choose_machine
 from linearize.measuring import Converted, Measured, evaluation, measure, measure_in_training
 from linearize.metrics import MetricsLog, Progress
 from linearize.profiling import profile_table, read_profile
-from linearize.provenance import document, facts_of
+from linearize.provenance import asked, document, facts_of
 from linearize.randomness import seed_all
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, share_run_folder
@@ -54,6 +54,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     check_job(job, recipe, split)
     console = (console or Console(stderr=True)) if processes.main else Console(quiet=True)
     with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
+        folder.check_same(asked(job, recipe))
         machine = _choose_machine(job, recipe, folder, console)
         teacher = _load_teacher(job, machine, console)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
@@ -68,7 +69,6 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         facts = facts_of(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
         facts["overlap"] = say_overlap(corpus, heldout, teacher.tokenizer, console)
         folder.begin(facts)
-
         streamed = stream_layers(teacher.model, machine.device) if job.stream_layers else None
         before = Measured(**folder.once("teacher", lambda: asdict(measure(teacher.model, teacher.tokenizer, heldout))))
         grafted = replace(_graft(teacher.model, plan, recipe, job.compile), stream=streamed)
@@ -102,6 +102,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
     console, recipe = console or Console(stderr=True), load_recipe(job.recipe, job.overrides, job.tokens)
     check_budgets(recipe)
     check_targets(recipe)
+    check_text(job, recipe)
     machine = choose_machine(job.device, recipe.precision)
     teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
     plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)

@@ -19,10 +19,23 @@ from linearize.run_folder import write_json
 from linearize.teacher import Teacher
 
 
+def asked(job: Conversion, recipe: Recipe) -> dict[str, Any]:
+    """What is known of a run before anything is loaded."""
+    return {
+        "model": job.model,
+        "quantize": job.quantize,
+        "recipe": recipe.name,
+        "recipe_hash": recipe.digest(),
+        "settings": recipe.model_dump(mode="json"),
+        "seed": recipe.seed,
+        "command": job.command(),
+    }
+
+
 def facts_of(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher, corpus: Corpus) -> dict[str, Any]:
     """What a reader needs to judge or repeat the run; goes to run.json and metrics.json."""
     return {
-        "model": job.model,
+        **asked(job, recipe),
         "teacher": {
             "name": teacher.model.config.name_or_path,
             "origin": teacher.origin,
@@ -34,20 +47,15 @@ def facts_of(job: Conversion, recipe: Recipe, machine: Machine, teacher: Teacher
             "gated": teacher.gated,
             "attention": teacher.attention,
         },
-        "recipe": recipe.name,
-        "recipe_hash": recipe.digest(),
         "text": {
             "name": corpus.name,
             "fingerprint": corpus.fingerprint,
             "epochs": corpus.epochs,
             "dataset": hub_data_set(corpus.name),
         },
-        "quantize": job.quantize,
         "device": machine.name,
         "precision": machine.precision,
-        "seed": recipe.seed,
         "versions": versions(),
-        "command": job.command(),
         "id": uuid4().hex[:12],
     }
 

@@ -130,7 +130,9 @@ class _Source(NamedTuple):
     def override(self, key: str, place: str) -> None:
         for old in [old for old in self.places if f"{old}.".startswith(f"{key}.")]:
             del self.places[old]
-        self.places[key] = place
+        while key and key not in self.places:  # keys above it that no line of the file gives are its own, too
+            self.places[key] = place
+            key = key.rpartition(".")[0]
 
 
 def recipe_names() -> list[str]:
@@ -209,6 +211,11 @@ def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         values, node = yaml.safe_load(text), yaml.compose(text)
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read as text: {error}", place=str(path)) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
+        remedy = "YAML indents with spaces." if "'\\t'" in str(error.problem) else ""
+        raise RecipeError(f"is not YAML: {error.problem}", place=place, remedy=remedy) from None
     except yaml.YAMLError as error:
         raise RecipeError(f"is not YAML: {' '.join(str(error).split())}", place=str(path)) from None
     if not isinstance(values, dict):

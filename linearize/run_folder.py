@@ -19,6 +19,10 @@ SAME = ("model", "quantize", "recipe_hash", "text", "seed")
 """Facts that a resumed run must share with the run it goes on with."""
 
 
+MOST_NAMED = 5
+"""Values of a recipe that a message names."""
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """Where a conversion writes."""
@@ -53,11 +57,21 @@ class RunFolder:
         Raises:
             RunError: naming every difference.
         """
+        self.check_same(facts)
+        if not self.facts():
+            self.processes.on_main(lambda: write_json(self.facts_file, facts))
+
+    def check_same(self, facts: dict[str, Any]) -> None:
+        """Check what is known of a resumed run so far; all of it in `begin`.
+
+        Raises:
+            RunError: naming every difference.
+        """
         began = self.facts()
         different = [
-            f"{name} (was {began.get(name)!r}, is {facts[name]!r})"
+            _difference(name, began, facts)
             for name in SAME
-            if began and began.get(name) != facts[name]
+            if began and name in facts and began.get(name) != facts[name]
         ]
         if different:
             raise RunError(
@@ -65,8 +79,6 @@ class RunFolder:
                 place=str(self.run),
                 remedy="Repeat its own command with --resume (run.json holds it), or choose another --out.",
             )
-        if not began:
-            self.processes.on_main(lambda: write_json(self.facts_file, facts))
 
     def record(self, name: str, value: Any) -> None:
         """Add a result, or replace it."""
@@ -80,6 +92,25 @@ class RunFolder:
             return known[name]
         self.record(name, self.processes.on_main(measure))
         return self.results()[name]
+
+
+def _difference(name: str, began: dict[str, Any], facts: dict[str, Any]) -> str:
+    """What changed under one name; of a recipe the values that did, for nobody can read a hash."""
+    if name == "recipe_hash" and "settings" in began and "settings" in facts:
+        was, now = _leaves(began["settings"]), _leaves(facts["settings"])
+        keys = [key for key in {**was, **now} if was.get(key) != now.get(key)]
+        listed = [f"{key} was {was.get(key)!r}, is {now.get(key)!r}" for key in keys[:MOST_NAMED]]
+        more = f"; {len(keys) - MOST_NAMED} more" if len(keys) > MOST_NAMED else ""
+        return f"recipe ({'; '.join(listed)}{more})"
+    return f"{name} (was {began.get(name)!r}, is {facts[name]!r})"
+
+
+def _leaves(value: Any, key: str = "") -> dict[str, Any]:
+    """Plain data by dotted key."""
+    if not isinstance(value, (dict, list)):
+        return {key: value}
+    inner = value.items() if isinstance(value, dict) else enumerate(value)
+    return {name: leaf for part, held in inner for name, leaf in _leaves(held, f"{key}.{part}".lstrip(".")).items()}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -161,7 +192,8 @@ def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterat
         folder.run.mkdir(parents=True, exist_ok=True)
         lock = (folder.run / ".lock").open("w")
     except OSError as error:
-        raise RunError(f"cannot be written: {error.strerror or error}", place=str(out)) from None
+        remedy = "Choose another --out, or a disk and rights that allow it."
+        raise RunError(f"cannot be written: {error.strerror or error}", place=str(out), remedy=remedy) from None
     with lock:
         _take(lock, folder)
         yield folder
@@ -178,7 +210,8 @@ def _clear(folder: RunFolder, overwrite: bool) -> None:
     """Delete a former run that may be overwritten, and that no process is in."""
     ours = folder.student.is_dir() and folder.facts_file.is_file()
     if not overwrite:
-        remedy = "Choose another --out, delete it with --overwrite" + (", or go on with --resume." if ours else ".")
+        ways = "delete it with --overwrite, or go on with --resume." if ours else "or delete it yourself."
+        remedy = f"Choose another --out, {ways}"
         raise RunError("exists already and is not empty", place=str(folder.student), remedy=remedy)
     if not ours:
         raise RunError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,13 +44,13 @@ def conversion_report(result: Converted) -> RenderableType:
     speeds = ", ".join(
         f"{stage['name']} {stage['tokens']:,} tokens at {stage['tokens_per_second']:,.0f}/s" for stage in result.stages
     )
-    folder = escape(str(result.folder))
+    folder, quoted = (escape(text) for text in (str(result.folder), shlex.quote(str(result.folder))))
     lines = [
         f"Trained: {speeds}.",
         f"[bold]Prompt[/bold]   {escape(PROMPT)}",
         f"[bold]Teacher[/bold]  {escape(' '.join(result.teacher.sample.split()))}",
         f"[bold]Student[/bold]  {escape(' '.join(result.student.sample.split()))}",
-        f"The student lies in [bold]{folder}[/bold]. Next: linearize doctor {folder}",
+        f"The student lies in [bold]{folder}[/bold]. Next: linearize doctor {quoted}",
     ]
     return Group(table, *lines)
 

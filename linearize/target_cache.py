@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from linearize.config import Config
 from linearize.errors import RunError
@@ -32,6 +33,9 @@ from linearize.topk import TopK
 from linearize.train import Batches
 
 MANIFEST = "manifest.json"
+NO_NUMBER = {"_name_or_path", "transformers_version", "architectures", "dtype", "use_cache", "quantization_config"}
+"""Entries of a configuration that change no logit, or that the weights show."""
+
 SHARD_BYTES = 64 * 2**20
 """A shard holds as many micro-batches as fit, at least one."""
 
@@ -40,7 +44,7 @@ class TargetKey(Config):
     """What targets depend on; a run reads a cache only if all of it is the same.
 
     Attributes:
-        teacher: sha256 of its weights (`teacher_digest`).
+        teacher: sha256 of its weights and configuration (`teacher_digest`).
         text: the corpus' fingerprint, which depends on the tokenizer too.
         packing: rows and their order: first token and tokens of the text, seed, and (steps, length, rows) by piece.
         precision: mixed precision of the teacher's forward.
@@ -65,9 +69,10 @@ def packing_of(config: StageConfig, first_token: int, seed: int) -> tuple[int | 
     return (first_token, config.tokens, seed, *pieces)
 
 
-def teacher_digest(model: nn.Module) -> str:
-    """sha256 of all weights with their names and dtypes."""
-    found = hashlib.sha256()
+def teacher_digest(model: PreTrainedModel) -> str:
+    """sha256 of all weights with their names and dtypes, and of the configuration, which turns and scales positions."""
+    said = {name: value for name, value in model.config.to_diff_dict().items() if name not in NO_NUMBER}
+    found = hashlib.sha256(json.dumps(said, sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

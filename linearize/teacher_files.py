@@ -35,7 +35,7 @@ from linearize.paths import cache_folder, shipped
 log = logging.getLogger("linearize")
 
 PROBE_SECONDS = 5.0  # one question to the Hub decides whether it is there; a dead network must not cost a minute
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _LOGIN = "run `hf auth login` (or set HF_TOKEN)"
@@ -157,7 +157,7 @@ def find_checkpoint(model: str) -> Checkpoint:
         return _from_folder(path)
     if path.is_file():
         raise TeacherError(f"'{model}' is a file, but no .gguf file.", remedy="Pass the folder with its config.json.")
-    if _HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+    if HUB_ID.fullmatch(model) and path.suffix != ".gguf":
         return _from_hub(model, None)
     if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
         raise TeacherError(f"'{model}' does not exist.", remedy="Check the path; a Hub id has the form owner/name.")

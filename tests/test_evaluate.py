@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ import pytest
 import torch
 from tiny_families import tiny_teacher
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from linearize.attention import StudentAttention
@@ -23,11 +25,12 @@ from linearize.evals.bench import Wanted
 from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import _spearman, diagnose, pair
 from linearize.evals.positions import departure, edges_of, position_rows, window_losses
+from linearize.evals.recall import Answered
 from linearize.evals.records import BRANCHES, DiagnosticRow, PositionRow, RecallRow, TaskRow, read_rows
 from linearize.evals.samples import Sampling, generate_from_folder
 from linearize.evals.speed import SpeedSettings, measure_speed
 from linearize.evaluate import evaluate, parse_lengths
-from linearize.export import export_student
+from linearize.export import export_student, load_student
 from linearize.machine import choose_machine
 from linearize.mixers.swa import SwaConfig
 from linearize.recipe import load_recipe
@@ -109,6 +112,81 @@ def test_cells_are_measured_once(tmp_path: Path) -> None:
 
     assert [Cells(tmp_path).once({"a": 1}, measure) for _ in range(3)] == [1, 1, 1]
     assert Cells(tmp_path).once({"a": 2}, measure) == 2
+
+
+def test_a_cell_is_of_weights_settings_kernels_and_versions(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured of something else is not printed as if it had been measured now."""
+    student, teacher = (tmp_path / name for name in ("hedgehog", "teacher"))
+    for folder in (student, teacher):
+        shutil.copytree(folders[folder.name], folder)
+    words = [str(student), "--teacher", str(teacher), "--recall", "passkey", "--lengths", "300", "--depths", "1"]
+    asked: list[str] = []
+
+    def count(model: PreTrainedModel, *_: object) -> list[Answered]:
+        asked.append(model.config.model_type)
+        return [Answered(depth=0.5, count=1, correct=0)]
+
+    def measured() -> list[str]:
+        asked.clear()
+        assert run(monkeypatch, *words, "--samples", "1") == 0
+        return list(asked)
+
+    monkeypatch.setattr("linearize.evaluate.ask", count)
+    both = ["llama", "linearized_llama"]
+    assert measured() == both
+    assert measured() == []
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.1}))  # no weight changes
+    assert measured() == both[:1]
+    monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
+    assert measured() == both
+    monkeypatch.setattr("linearize.evals.bench.versions", lambda: {"linearize": "another"})
+    assert measured() == both
+    assert measured() == []
+
+
+def test_a_task_that_no_length_fits_is_said_before_any_model_is_asked(
+    folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("linearize.evaluate.ask", None)
+    words = ["--recall", "passkey,niah-1", "--lengths", "300", "--out", str(tmp_path)]
+    assert run(monkeypatch, folders["hedgehog"], *words) == 2
+    assert "300 tokens are too few" in " ".join(capsys.readouterr().err.split())
+
+
+def test_folders_that_cannot_be_read_and_prompts_without_tokens(folders: dict[str, str], tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="holds no student"):
+        measure_speed(Path(folders["teacher"]), SpeedSettings(lengths=(8,)), None, "cpu")
+    (tmp_path / "config.json").write_text('{"model_type": "abacus"}')
+    for folder, said in ((tmp_path, "abacus"), (tmp_path / "a" / "b" / "c", "no such folder")):
+        with pytest.raises(RunError, match=said):
+            load_student(folder)
+    with pytest.raises(RunError, match="prompt 2: has no tokens"):
+        generate_from_folder(folders["hedgehog"], ["a", ""], Sampling(max_new_tokens=1), device="cpu")
+    shutil.copytree(folders["hedgehog"], tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    with pytest.raises(RunError, match="its tokenizer cannot be loaded.*save_pretrained"):
+        generate_from_folder(str(tmp_path / "bare"), ["a"], Sampling(max_new_tokens=1), device="cpu")
+
+
+def test_a_chat_prompt_has_one_bos(folders: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The template spells it, and the tokenizer would put one more in front of every text."""
+    tokenizer = tokenizer_of_bytes()
+    tokenizer.add_special_tokens({"bos_token": "Z"})
+    bos: int = tokenizer.bos_token_id  # type: ignore[assignment]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="Z $A", special_tokens=[("Z", bos)])
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    read: list[list[int]] = []
+
+    def keep(config: object, length: int, more: int) -> None:
+        read.append([length, more])
+
+    monkeypatch.setattr("linearize.evals.samples.load_student_tokenizer", lambda folder: tokenizer)
+    monkeypatch.setattr("linearize.evals.samples.check_reach", keep)
+    for chat in (True, False):
+        generate_from_folder(folders["hedgehog"], ["abc"], Sampling(max_new_tokens=1), chat, "cpu")
+    assert read == [[4, 1], [4, 1]]
 
 
 def test_perplexity_positions_recall_and_probe_by_one_command(

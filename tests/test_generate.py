@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -207,6 +209,20 @@ def test_another_job_does_not_go_on(folder: str, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(Writer, "write", lambda self, numbers: [])
     with pytest.raises(DataError, match="wrote nothing in 12 documents"):
         generate(job(folder, tmp_path / "c.parquet"), silent, silent)
+
+
+def test_another_teacher_of_the_same_name_does_not_go_on(folder: str, tmp_path: Path) -> None:
+    """A folder has no revision: its weights say whether what is there is its own."""
+    mine = tmp_path / "teacher"
+    shutil.copytree(folder, mine)
+    generate(job(str(mine), tmp_path / "a.parquet"), silent, silent)
+    weights = load_file(mine / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(RunError, match=r"a\.parquet: exists already"):
+        generate(job(str(mine), tmp_path / "a.parquet"), silent, silent)
+    with pytest.raises(DataError, match=r"a\.txt: is a parquet file"):
+        generate(job(str(mine), tmp_path / "a.txt"), silent, silent)
 
 
 def test_commands(folder: str, tmp_path: Path) -> None:

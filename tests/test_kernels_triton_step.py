@@ -18,6 +18,8 @@ pytest.importorskip("triton")
 
 from linearize.mixers import HeadInputs, Rope
 from linearize.mixers.base import silenced
+from linearize.recipe import load_recipe
+from linearize.surgery import graft, plan_surgery
 from linearize_kernels import (
     Branch,
     FarStep,
@@ -34,6 +36,7 @@ from linearize_kernels.hedgehog_attention import Map, triton_step
 from linearize_kernels.windowed_linear_attention.naive import naive_window_step
 from tests.test_kernels_triton import DEVICE, check, eager_features, naive
 from tests.test_mixers import cut, heads_of, mixer_of
+from tests.tiny_families import tiny_teacher
 
 
 @pytest.fixture(autouse=True)
@@ -308,3 +311,37 @@ def test_nothing_waits_for_the_device(case: str) -> None:
             y, after = mixer(cut(heads, slice(1)), tuple(fake))
     assert y.shape == (*heads.q_BTHK[:, :1].shape[:3], heads.v_BTGV.shape[-1])
     assert [(x.shape, x.dtype) for x in after] == [(x.shape, x.dtype) for x in state]
+
+
+@pytest.mark.parametrize(("recipe", "step"), [("lizard", "window_step"), ("hedgehog", "hedgehog_step")])
+def test_a_padded_batch_whose_rows_are_chosen_anew(
+    recipe: str, step: str, launched: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beams of a whole student in one launch a layer: rows shorter than, as long as and longer than the window."""
+    teacher = tiny_teacher("llama", num_hidden_layers=1)
+    torch.manual_seed(1)
+    mixer = load_recipe(recipe, ["mixer.window=3"] if recipe == "lizard" else []).mixer
+    model = graft(teacher, plan_surgery(teacher, mixer)).model.to(DEVICE).eval()
+    ids_BT = torch.randint(2, 90, (3, 6), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    mask_BT = (torch.arange(6) >= torch.tensor([[5], [3], [0]])).long().to(DEVICE)
+    chosen = (torch.tensor([2, 0, 0, 1]), torch.tensor([3, 1, 1, 0]), torch.tensor([1, 2]))
+    found = []
+    for backend in ("torch", "triton"):
+        monkeypatch.setenv("LINEARIZE_BACKEND", "torch")
+        with torch.no_grad():
+            cache = model(input_ids=ids_BT, attention_mask=mask_BT, use_cache=True).past_key_values
+            monkeypatch.setenv("LINEARIZE_BACKEND", backend)
+            mask, logits = mask_BT, []
+            for number, rows in enumerate(chosen):
+                cache.reorder_cache(rows.to(DEVICE))
+                mask = torch.cat([mask[rows], mask.new_ones(len(rows), 1)], 1)
+                place_B1 = mask.sum(1, keepdim=True) - 1
+                token_B1 = torch.full((len(rows), 1), 7 + number, device=DEVICE)
+                logits.append(
+                    model(
+                        input_ids=token_B1, attention_mask=mask, position_ids=place_B1, past_key_values=cache
+                    ).logits.flatten()
+                )
+        found.append(torch.cat(logits))
+    assert launched.count(step) == len(chosen)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)

@@ -20,7 +20,7 @@ import linearize
 from linearize.checkpoint import STUDENT, load_latest
 from linearize.cli import main
 from linearize.doctor import CHECKS, Patient, difference, examine, examine_folder
-from linearize.errors import LinearizeError, NonFiniteLossError, RecipeError, RunError, RunInterrupted
+from linearize.errors import DataError, LinearizeError, NonFiniteLossError, RecipeError, RunError, RunInterrupted
 from linearize.export import load_student
 from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
@@ -328,8 +328,32 @@ def test_non_finite_loss_stops_and_keeps_the_last_good_state(job, monkeypatch):
 
 def test_resume_refuses_another_recipe(job):
     convert(job("first"), Console(quiet=True))
-    with pytest.raises(RunError, match="recipe_hash"):
-        convert(job("first", "stages.0.optimizer.lr=0.5", resume=True), Console(quiet=True))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("linearize.pipeline.load_teacher", None)  # it is said before anything is loaded
+        with pytest.raises(RunError, match=r"another recipe \(stages.0.optimizer.lr was [0-9.]+, is 0.5\)"):
+            convert(job("first", "stages.0.optimizer.lr=0.5", resume=True), Console(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("a.parquet", b"PAR1", "cannot be read as parquet"),
+        ("a.jsonl", b'{"title": "x", "body": "y"}', "2 other columns"),
+        ("a.txt", b"", "there is no text in it"),
+        ("a.txt", b"gr\xfcn", "iconv"),
+        ("a.csv", b"a,b", "unsupported suffix"),
+        ("a.jsonl", None, "no such file or folder"),
+    ],
+)
+@pytest.mark.parametrize("option", ["data", "heldout"])
+def test_text_that_cannot_be_read_costs_no_teacher(tmp_path, text_file, monkeypatch, option, name, content, said):
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    monkeypatch.setattr("linearize.pipeline.load_teacher", None)
+    named = {"data": str(text_file), option: str(tmp_path / name)}
+    with pytest.raises(DataError, match=said):
+        convert(Conversion("llama", out=tmp_path / "out", device="cpu", **named), Console(quiet=True))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("overrides", [(), (*BASE, "precision=bf16")], ids=["adapters", "base weights"])
@@ -440,7 +464,7 @@ def test_command_line_plans_and_shows_recipes(teacher_folder, monkeypatch, capsy
         (["convert", "--model", "TEACHER", "--out", "OUT", "--data", "TEXT", "--tokens", "40"], "smaller than one"),
         (["convert", "--model", "TEACHER", "--out", "OUT", "--data", "TEXT", "--text-field", "words"], "words"),
         (["convert", "--model", "TEACHER", "--out", "OUT", "--device", "abacus"], "abacus"),
-        (["eval", "OUT", "--text", "TEXT"], "metrics.json"),
+        (["eval", "OUT", "--text", "TEXT"], "no config.json"),
         (["generate", "OUT", "hello"], "OUT"),
         (["doctor", "OUT"], "OUT"),
     ],

@@ -145,6 +145,14 @@ def test_any_weight_changes_the_teachers_digest(make_teacher):
     assert teacher_digest(teacher) != before
 
 
+def test_so_does_how_it_turns_positions(make_teacher):
+    """Same weights, other logits: a cache of the one must not teach as the other."""
+    scaled = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10_000.0}
+    before, after = make_teacher(), make_teacher(rope_parameters=scaled)
+    assert all(map(torch.equal, before.state_dict().values(), after.state_dict().values()))
+    assert teacher_digest(before) != teacher_digest(after)
+
+
 SHORT = (
     "stages.0.length=32",
     "stages.0.batch=2",

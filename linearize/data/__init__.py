@@ -10,9 +10,9 @@ from linearize.data.cache import load_corpus
 from linearize.data.corpus import Budget, Corpus, build_corpus
 from linearize.data.heldout import heldout_from
 from linearize.data.lengths import ScheduledRows, scheduled_rows
-from linearize.data.mixture import RecipeData, Source, SourceConfig, choose_sources
+from linearize.data.mixture import RecipeData, Source, SourceConfig, check_sources, choose_sources
 from linearize.data.packing import PackedRows
-from linearize.data.sources import Documents, builtin_documents, default_documents, open_documents
+from linearize.data.sources import Documents, builtin_documents, check_documents, default_documents, open_documents
 
 __all__ = [
     "Budget",
@@ -25,6 +25,8 @@ __all__ = [
     "SourceConfig",
     "build_corpus",
     "builtin_documents",
+    "check_documents",
+    "check_sources",
     "choose_sources",
     "default_documents",
     "heldout_from",

@@ -93,21 +93,19 @@ def _read_parquet(path: Path, text_field: str | None) -> Iterator[Document]:
             schema = file.schema_arrow
             name = choose_field({field.name: _arrow_kind(field.type) for field in schema}, text_field, str(path))
             wanted = [name, SOURCE_FIELD] if SOURCE_FIELD in schema.names and name != SOURCE_FIELD else [name]
-            table = file.read(columns=wanted)
+            rows = (row for part in file.iter_batches(1024, columns=wanted) for row in part.to_pylist())
+            for number, row in enumerate(rows, start=1):
+                content = content_of(row, name, f"{path}, row {number}")
+                if content is not None:
+                    yield source_of(row, path.stem), content
+    except UnicodeDecodeError as error:  # parquet marks a column as text without checking it
+        raise _undecodable(f"{path}, column '{name}'", error) from error
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"cannot be read as parquet ({_first_line(error)}).",
             place=str(path),
             remedy="The file may be incomplete: copy or download it again.",
         ) from error
-    try:
-        rows = (row for part in table.to_batches(max_chunksize=1024) for row in part.to_pylist())
-        for number, row in enumerate(rows, start=1):
-            content = content_of(row, name, f"{path}, row {number}")
-            if content is not None:
-                yield source_of(row, path.stem), content
-    except UnicodeDecodeError as error:  # parquet marks a column as text without checking it
-        raise _undecodable(f"{path}, column '{name}'", error) from error
 
 
 def _read_text(path: Path, text_field: str | None) -> Iterator[Document]:

@@ -24,6 +24,7 @@ from linearize.data.writer import Sampling, Writer, Written
 from linearize.errors import DataError, RunError, RunInterrupted
 from linearize.machine import Machine, choose_machine
 from linearize.run_folder import write_json
+from linearize.target_cache import teacher_digest
 from linearize.teacher import Teacher, load_teacher
 
 BATCH = {"cpu": 16, "cuda": 512}
@@ -101,9 +102,11 @@ def generate(job: Generation, say: Callable[[str], None], on_step: Callable[[str
     """
     if job.start is not None and (job.chat or job.prompts is not None):
         raise DataError("is for texts without a prompt.", place="--start", remedy="Leave out --chat and --prompts.")
+    if job.out.suffix != ".parquet":
+        raise DataError("is a parquet file, and --data goes by its name.", place=f"--out {job.out}", remedy=_NAME_IT)
     machine = choose_machine(job.device, "auto")
-    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
     prompts = _read_prompts(job.prompts)
+    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
     start = job.start or teacher.tokenizer.bos_token or teacher.tokenizer.eos_token
     identity = _identity(job, teacher, machine, prompts, str(start))
     if (found := _finished(job, identity)) is not None:
@@ -173,7 +176,7 @@ def _identity(
     """What decides the text, and so must be the same when a job goes on."""
     return {
         "teacher": teacher.model.config.name_or_path,
-        "revision": teacher.revision or teacher.sha256,
+        "revision": teacher.revision or teacher.sha256 or teacher_digest(teacher.model),
         "prompts": hashlib.sha256(json.dumps(prompts).encode()).hexdigest() if prompts else None,
         "chat": job.chat,
         "start": None if job.chat or prompts else start,
@@ -202,6 +205,7 @@ def _finished(job: Generation, identity: Mapping[str, Any]) -> Generated | None:
     raise RunError("exists already, and is not what this command writes.", place=str(job.out), remedy=_OTHER_OUT)
 
 
+_NAME_IT = "Let its name end in .parquet."
 _OTHER_OUT = "Choose another --out, or delete it."
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pydantic import Field
 
 from linearize.config import Config, Number
-from linearize.data.sources import Documents, default_documents, open_documents
+from linearize.data.sources import Documents, check_documents, default_documents, open_documents
 from linearize.errors import DataError
 
 
@@ -47,20 +47,39 @@ def choose_sources(
     Raises:
         DataError: a source is not there, is named twice, or has a weight that is no positive number.
     """
+    configs = _named_sources(data, text_field, recipe_data)
+    if isinstance(configs, str) or configs is None:
+        documents, said = default_documents(configs)
+        return (Source(documents),), said
+    sources = tuple(Source(open_documents(config.source, config.text_field), config.weight) for config in configs)
+    return sources, f"Training text: {name_of(sources)}."
+
+
+def check_sources(data: str | Sequence[str] | None, text_field: str | None, recipe_data: RecipeData) -> None:
+    """What `choose_sources` would refuse of local text, and faults of its first documents, before anything is loaded.
+
+    Raises:
+        DataError: naming the source.
+    """
+    configs = _named_sources(data, text_field, recipe_data)
+    for config in configs if isinstance(configs, tuple) else ():
+        check_documents(config.source, config.text_field)
+
+
+def _named_sources(data: str | Sequence[str] | None, text_field: str | None, recipe_data: RecipeData) -> RecipeData:
+    """The sources of which every one must be there; else the recipe's data set."""
     if data:
         named = [data] if isinstance(data, str) else list(data)
         configs = tuple(_parse_source(text, text_field) for text in named)
     elif isinstance(recipe_data, tuple):
         configs = recipe_data
     else:
-        documents, said = default_documents(recipe_data)
-        return (Source(documents),), said
+        return recipe_data
     names = [config.source for config in configs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError("is given twice.", place=twice[0], remedy="Give it once, with the sum of the weights.")
-    sources = tuple(Source(open_documents(config.source, config.text_field), config.weight) for config in configs)
-    return sources, f"Training text: {name_of(sources)}."
+    return configs
 
 
 def name_of(sources: Sequence[Source]) -> str:

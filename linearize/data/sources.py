@@ -86,14 +86,31 @@ def open_documents(data: str, text_field: str | None) -> Documents:
         return _local_documents(path, text_field)
     match = _HUB_ID.fullmatch(data)
     if match is None or supported_suffix(path):
-        raise DataError(
-            "no such file or folder.", place=data, remedy="Give a file, a folder or a Hub data set (owner/name)."
-        )
+        raise _nowhere(data)
     try:
         return _hub_documents(match["id"], match["config"], text_field)
     except DataError as error:
         problem = f"no such file or folder, and as a Hub data set: {error.problem}"
         raise DataError(problem, place=data, remedy=error.remedy) from error
+
+
+def check_documents(data: str, text_field: str | None) -> None:
+    """Refuse local text of which nothing can be read, by its first document. Asks the Hub nothing, hashes nothing.
+
+    Raises:
+        DataError: as `open_documents`; what is wrong further on is found later.
+    """
+    path = Path(data).expanduser()
+    if path.exists():
+        _first_document(path, text_field)
+    elif _HUB_ID.fullmatch(data) is None or supported_suffix(path):
+        raise _nowhere(data)
+
+
+def _first_document(path: Path, text_field: str | None) -> None:
+    found = (document for file in _files_of(path) for document in read_file(file, text_field))
+    if next(found, None) is None:
+        raise _empty(path)
 
 
 def default_documents(hub_id: str | None) -> tuple[Documents, str]:
@@ -159,17 +176,35 @@ def _ordered(items: list[_T], seed: int | None) -> list[_T]:
     return items if seed is None else random.Random(seed).sample(items, len(items))
 
 
+def _nowhere(data: str) -> DataError:
+    remedy = "Give a file, a folder or a Hub data set (owner/name)."
+    return DataError("no such file or folder.", place=data, remedy=remedy)
+
+
+def _empty(path: Path) -> DataError:
+    return DataError("empty: there is no text in it.", place=str(path), remedy="Give a file that holds text.")
+
+
+def _files_of(path: Path) -> list[Path]:
+    """A file itself; of a folder, all that can be read.
+
+    Raises:
+        DataError: there are none.
+    """
+    if not path.is_dir():
+        return [path]
+    files = sorted(file for file in _visible_files(path) if supported_suffix(file))
+    if not files:
+        raise DataError(
+            f"no file here can be read; supported: {', '.join(READERS)}.",
+            place=str(path),
+            remedy="Give a folder with text files.",
+        )
+    return files
+
+
 def _local_documents(path: Path, text_field: str | None) -> Documents:
-    if path.is_dir():
-        files = sorted(file for file in _visible_files(path) if supported_suffix(file))
-        if not files:
-            raise DataError(
-                f"no file here can be read; supported: {', '.join(READERS)}.",
-                place=str(path),
-                remedy="Give a folder with text files.",
-            )
-    else:
-        files = [path]
+    files = _files_of(path)
     digest = hashlib.sha256((text_field or "").encode())
     for file in files:
         digest.update(f"\n{file.name}:".encode())  # a document's source may be its file's name
@@ -179,7 +214,7 @@ def _local_documents(path: Path, text_field: str | None) -> Documents:
     def load() -> list[Document]:
         documents = [document for file in files for document in read_file(file, text_field)]
         if not documents:
-            raise DataError("empty: there is no text in it.", place=str(path), remedy="Give a file that holds text.")
+            raise _empty(path)
         return documents
 
     def read(seed: int | None) -> Iterator[Document]:

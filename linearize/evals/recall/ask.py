@@ -7,7 +7,7 @@ through the model's own cache. Shape legend: B examples, T tokens, V vocabulary.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -72,6 +72,20 @@ def ask(
             for depth, found in zip(depths, _marks(model, tokenizer, task, batch), strict=True):
                 marks[depth] += found
     return [Answered(depth=depth, count=len(found), correct=sum(found)) for depth, found in marks.items()]
+
+
+def check_questions(
+    tokenizer: PreTrainedTokenizerBase, names: Iterable[str], questions: Questions, prose: Sequence[str]
+) -> None:
+    """Write the first question of each task, before a model is asked any.
+
+    Raises:
+        DataError: the length is too short for a task.
+    """
+    desk = Desk(tokenizer, questions.length, "test", prose)
+    for name in names:
+        depth, _ = _depths(TASKS[name], questions)[0]
+        _examples(TASKS[name], desk, f"{name} {questions.seed}", depth or 0.0, 1)
 
 
 def _depths(task: RecallTask, questions: Questions) -> list[tuple[float | None, int]]:
