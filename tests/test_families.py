@@ -44,7 +44,7 @@ from linearize.cli import main
 from linearize.doctor import Patient, check_chunked, check_memory, check_packed, check_padding, check_reorder
 from linearize.errors import SurgeryError, TeacherError, UnknownFamilyError
 from linearize.export import export_student, load_student
-from linearize.families import FAMILIES, Fused, QueryKeyNorm, Split
+from linearize.families import FAMILIES, NOT_TEXT, Fused, QueryKeyNorm, Split
 from linearize.families.inspection import propose
 from linearize.logits import head_of
 from linearize.mixers import MIXERS, MixerEntry, mixer_config
@@ -280,6 +280,7 @@ def test_of_a_multimodal_model_only_the_text_model_is_taken(tmp_path: Path, make
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(text_config=text, vision_config={**vision, "image_size": 28, "patch_size": 14})
     whole = Gemma3ForConditionalGeneration(config).eval()
+    assert set(NOT_TEXT.values()) <= set(FAMILIES)
     with pytest.raises(SurgeryError, match="'gemma3' reads images too; only its text model \\('gemma3_text'\\)"):
         plan_surgery(whole, HedgehogConfig())
     config.save_pretrained(tmp_path)

@@ -58,7 +58,7 @@ FAMILIES: dict[str, ModelFamily] = {
     )
 }
 
-NOT_TEXT: dict[str, str] = {"gemma3": GEMMA3.model_type}
+NOT_TEXT: dict[str, str] = {"gemma3": "gemma3_text"}
 """Multimodal model types, and the family of the text model inside."""
 
 
