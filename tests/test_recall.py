@@ -130,6 +130,8 @@ def test_training_texts_in_a_file(letters: PreTrainedTokenizerFast, tmp_path: Pa
     assert all(str(row).endswith(".") for row in rows)
     with pytest.raises(RunError, match="exists already"):
         write_recall_texts(wanted, letters, out, lambda said: None)
+    with pytest.raises(DataError, match=r"Let its name end in \.parquet"):
+        write_recall_texts(wanted, letters, tmp_path / "recall.txt", lambda said: None)
     with pytest.raises(DataError, match="mqar"):
         next(recall_texts(RecallTexts(("mqar",), 2000, 5000), letters))
 

@@ -75,9 +75,12 @@ def write_recall_texts(
     """Write a parquet file with the columns `text` and `source`; the number of documents. Whole or not at all.
 
     Raises:
-        DataError: see `recall_texts`.
+        DataError: see `recall_texts`; or `out` has another suffix.
         RunError: the file is there already, or cannot be written.
     """
+    if out.suffix != ".parquet":
+        remedy = "Let its name end in .parquet."
+        raise DataError("is a parquet file, and --data goes by its name.", place=f"--out {out}", remedy=remedy)
     if out.exists():
         raise RunError("exists already.", place=str(out), remedy="Choose another --out, or delete it.")
     documents = -(-wanted.tokens // wanted.length)
