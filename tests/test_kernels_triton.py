@@ -171,15 +171,9 @@ HEDGEHOG = [  # T, H, G, K, F, V, bias, gate, other, packed, masked, state
 ]
 
 
-@pytest.mark.parametrize("case", HEDGEHOG, ids=str)
-@pytest.mark.parametrize("feature_map", ["softmax", "softmax in two passes", "softmax_joint", "exp"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_hedgehog(case: tuple[Any, ...], feature_map: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def made(case: tuple[Any, ...], feature_map: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a case of `hedgehog`, and what is not differentiated."""
     length, heads, groups, width, features, values, bias, gated, other, packed, masked, started = case
-    if feature_map == "softmax in two passes":
-        feature_map = "softmax"
-        monkeypatch.setattr(launch, "ONE_SIGN_FROM", 16)
-    configs.overrides.update({name: configs.Launch(32, 4, 1) for name in KERNELS})
     torch.manual_seed(length + heads)
     tensors = {
         "q": torch.randn(2, length, heads, width),
@@ -196,12 +190,20 @@ def test_hedgehog(case: tuple[Any, ...], feature_map: str, dtype: torch.dtype, m
         tensors |= {"s": torch.rand(2, heads, 2 * features, values), "z": torch.rand(2, heads, 2 * features)}
     if other:
         tensors |= {"o": torch.randn(2, length, heads, values), "d": 0.2 + torch.rand(2, length, heads)}
-    tensors = {name: x.to(DEVICE) for name, x in tensors.items()}
-    mask = None
-    if masked:
-        mask = torch.rand(2, length, device=DEVICE) > 0.3
+    mask = torch.rand(2, length, device=DEVICE) > 0.3 if masked else None
     fixed = {"map": feature_map, "segments": segments(length) if packed else None, "mask": mask}
-    check(both(hedgehog, tensors, fixed, dtype), dtype)
+    return {name: x.to(DEVICE) for name, x in tensors.items()}, fixed
+
+
+@pytest.mark.parametrize("case", HEDGEHOG, ids=str)
+@pytest.mark.parametrize("feature_map", ["softmax", "softmax in two passes", "softmax_joint", "exp"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hedgehog(case: tuple[Any, ...], feature_map: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    if feature_map == "softmax in two passes":
+        feature_map = "softmax"
+        monkeypatch.setattr(launch, "ONE_SIGN_FROM", 16)
+    configs.overrides.update({name: configs.Launch(32, 4, 1) for name in KERNELS})
+    check(both(hedgehog, *made(case, feature_map), dtype), dtype)
 
 
 @pytest.mark.parametrize("case", [(1, 4, 4, 2, 20, 24), (3, 4, 2, 1, 16, 40), (80, 4, 4, 4, 16, 16)], ids=str)

@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("triton")
 
 from linearize_kernels import configs, hedgehog_attention
 from linearize_kernels.gated_linear_attention import launch, launch_blocks
 from linearize_kernels.hedgehog_attention import Map
-from tests.test_kernels_triton import DEVICE, check, hedgehog, segments
+from tests.test_kernels_triton import DEVICE, check, hedgehog, made
 
 KERNELS = ("block_outputs", "block_states")
 FORMS: dict[str, Sequence[configs.Launch]] = {  # how KERNELS are launched
@@ -58,34 +57,10 @@ def use(form: str) -> None:
     configs.overrides.update(dict(zip(KERNELS, FORMS[form], strict=True)))
 
 
-def made(case: tuple[Any, ...]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a case, and what is not a tensor of numbers."""
-    length, heads, groups, width, features, values, bias, gated, other, packed, masked, started = case
-    torch.manual_seed(length + heads)
-    tensors = {
-        "q": torch.randn(2, length, heads, width),
-        "k": torch.randn(2, length, groups, width),
-        "v": torch.randn(2, length, groups, values),
-        "q_weight": torch.randn(heads, width, features) * width**-0.5,
-        "k_weight": torch.randn(heads, width, features) * width**-0.5,
-    }
-    if bias:
-        tensors |= {"q_bias": torch.randn(heads, features), "k_bias": torch.randn(heads, features)}
-    if gated:
-        tensors["gate"] = -torch.rand(2, length, heads) * 0.3
-    if started:
-        tensors |= {"s": torch.rand(2, heads, 2 * features, values), "z": torch.rand(2, heads, 2 * features)}
-    if other:
-        tensors |= {"o": torch.randn(2, length, heads, values), "d": 0.2 + torch.rand(2, length, heads)}
-    mask = torch.rand(2, length, device=DEVICE) > 0.3 if masked else None
-    fixed = {"map": "softmax", "segments": segments(length) if packed else None, "mask": mask}
-    return {name: x.to(DEVICE) for name, x in tensors.items()}, fixed
-
-
 @torch.no_grad()
 def compare(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     """Outputs and end state: the definition in fp64, in the dtype, and the kernels."""
-    tensors, fixed = made(case)
+    tensors, fixed = made(case, "softmax")
     found = []
     for how in ("exact", "eager", "triton"):
         os.environ["LINEARIZE_BACKEND"] = "triton" if how == "triton" else "torch"
@@ -140,7 +115,7 @@ def test_heads_of_128(case: tuple[Any, ...], calls: list[int]) -> None:
 def test_as_the_walk(normalised: bool, calls: list[int]) -> None:
     """Keys that come late, and sums that are not divided: what `walk` with all that its backward pass needs returns."""
     use("small")
-    tensors, _ = made((150, 2, 1, 16, 32, 32, True, True, normalised, False, False, True))
+    tensors, _ = made((150, 2, 1, 16, 32, 32, True, True, normalised, False, False, True), "softmax")
     names = ("q", "k", "v", "gate", "", "", "q_weight", "k_weight", "q_bias", "k_bias", "o", "d", "s", "z")
     given = [tensors.get(name) for name in names]
     rest = ("softmax", normalised, 1e-6, 40, 3, True)

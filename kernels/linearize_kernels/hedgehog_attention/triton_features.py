@@ -52,11 +52,13 @@ def write_features(q, k, query_weight, key_weight, query_bias, key_bias, mask, q
     place = (b * length * H + h) * 2 * features
     mask += b * length
     if tl.program_id(1) < H:
-        write_head(q + b * q_batch + h // (H // XQ) * q_head, query_weight + matrix, query_bias + h * features, mask,
+        q += b * q_batch + (h // (H // XQ)).to(tl.int64) * q_head
+        write_head(q, query_weight + matrix, query_bias + h * features, mask,
                    q_out + place, q_token, first, length, H, width, features, K, F, C, MAP, True, False, BIAS,
                    PRECISION)  # fmt: skip
     else:
-        write_head(k + b * k_batch + h // (H // XK) * k_head, key_weight + matrix, key_bias + h * features, mask,
+        k += b * k_batch + (h // (H // XK)).to(tl.int64) * k_head
+        write_head(k, key_weight + matrix, key_bias + h * features, mask,
                    k_out + place, k_token, first, length, H, width, features, K, F, C, MAP, False, MASKED, BIAS,
                    PRECISION)  # fmt: skip
 

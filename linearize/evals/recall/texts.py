@@ -1,7 +1,7 @@
 """Recall tasks as training text: each document fills one packed row and ends with the answer.
 
-Published recall of linear students comes from training on such rows (LAWCAT, arXiv 2509.18467; Lizard, arXiv
-2507.09025 section 5.2). What they hide is never what a test asks for.
+Published recall of linear students comes from training for it (Lizard, arXiv 2507.09025 section 5.2; LAWCAT, arXiv
+2509.18467, by the names of its released settings, its data unverified). What is hidden here no test asks for.
 """
 
 from __future__ import annotations
