@@ -7,11 +7,15 @@ Weights are random, in the shape of a known model; rows are random tokens. For e
 GPU (or gloo on the CPU), every way of sharing the work trains a few steps twice: strong scaling (a step has as many
 rows as on one process) and weak scaling (as many rows a process). Printed, and with versions written to JSON:
 
-    tokens/s     median over the steps but the first three, of the whole run: a CUDA graph is recorded in one of those
+    tokens/s     median over the steps, of the whole run, after those that compile kernels or record a CUDA graph
     efficiency   tokens/s over N times those of one process that trains the same (strong: rows a step, weak: a process)
     memory       peak of each process; on a CPU the resident set, which only grows from one measurement to the next
-    exchanging   share of the main process's time in collectives, waiting for others included; on GPUs only
+    exchanging   share of the main process's time in collectives, waiting for others included; on GPUs only, and not
+                 by layers, where hidden states travel beside the work and wait for the receiver
     loss         largest relative difference from the losses of one process, strong scaling only
+
+What --out has already, measured with the same settings on the same device, is not measured again, number of
+processes by number of processes: an interrupted series goes on.
 
 NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
 """
@@ -20,16 +24,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -70,7 +76,6 @@ ALONE: Split = "data"
 START: dict[str, torch.Tensor] = {}
 """The student's weights before their first step, in this process."""
 
-WARMUP = RUNS_BEFORE + 1
 PROFILED = 2
 EXCHANGES = ("all_reduce", "allreduce", "all_gather", "allgather", "reduce_scatter", "reducescatter", "sendrecv")
 
@@ -88,6 +93,7 @@ class Measured:
     memory_bytes: list[int]
     exchanging: float | None
     losses: list[float]
+    seconds: list[float]
 
 
 class RandomRows:
@@ -151,16 +157,26 @@ def train(grafted: Graft, config: StageConfig, processes: Processes, split: Spli
             processes=processes,
             split=split,
         )
-        precision = "bf16" if grafted.model.device.type == "cuda" else "no"
+        precision: Literal["no", "bf16"] = "bf16" if grafted.model.device.type == "cuda" else "no"
         settings = FitSettings(precision, None, 1e9, graphs=not obstacle(config, grafted))
         fit(stage, RandomRows(config, grafted.model.config.vocab_size), run, settings)
         records = read_metrics(metrics.path)
     return [record["seconds"] for record in records], [record["loss"] for record in records]
 
 
+def speed(config: StageConfig, seconds: list[float], processes: int, split: Split) -> float:
+    """Tokens per second of the steps after those that record a CUDA graph; NaN where there are no others."""
+    sharing = 1 if split == "layers" else processes
+    own = config.accumulation // sharing
+    counted = seconds[math.ceil((RUNS_BEFORE + 1) / own) :]
+    return config.batch * config.length / statistics.median(counted or [math.nan])
+
+
 def exchanging(grafted: Graft, config: StageConfig, processes: Processes, split: Split) -> float | None:
-    """Share of the steps' time in NCCL's kernels, on the main process; None on a CPU, where gloo's threads hide it."""
-    if grafted.model.device.type != "cuda":
+    """Share of the steps' time in NCCL's kernels, on the main process; None on a CPU, where gloo's threads hide it, for
+    one process, and by layers.
+    """
+    if grafted.model.device.type != "cuda" or processes.count == 1 or split == "layers":
         return None
     with profile(activities=[ProfilerActivity.CUDA]) as seen:
         seconds, _ = train(grafted, config, processes, split)
@@ -172,27 +188,43 @@ def exchanging(grafted: Graft, config: StageConfig, processes: Processes, split:
     return total / 1e6 / sum(seconds) if processes.main else 0.0  # who alone writes metrics.jsonl
 
 
+def asked(options: argparse.Namespace, processes: int) -> list[tuple[str, Split, str]]:
+    """Stage, split and scaling of each measurement on so many processes."""
+    ways = WAYS if options.way is None else [way for way in WAYS if "-".join(way) in options.way]
+    if processes == 1:
+        ways = [(stage, ALONE) for stage in dict(ways)]
+    scalings = ("strong", "weak") if options.scaling is None else (options.scaling,)
+    return [(stage, split, scaling) for stage, split in ways for scaling in scalings]
+
+
 def work(options: argparse.Namespace) -> None:
     """What one process does; the main one prints the measurements as JSON, a line each."""
+    began = time.monotonic()
+
+    def say(words: str) -> None:
+        if processes.main:
+            print(
+                f"[{processes.count} processes, {time.monotonic() - began:.0f} s] {words}", file=sys.stderr, flush=True
+            )
+
     processes = start_processes(options.device)
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     grafted, sharded = build(options, device), False
-    asked = WAYS if options.way is None else [way for way in WAYS if "-".join(way) in options.way]
-    for stage, split in asked if processes.count > 1 else [(stage, ALONE) for stage in dict(asked)]:
+    say("model built")
+    for stage, split, scaling in asked(options, processes.count):
         if split == "fsdp" and not sharded:
             shard_base(grafted, device, processes)
             sharded = True
-        for scaling, rows in {"strong": options.rows, "weak": options.rows_each * processes.count}.items():
-            if options.scaling not in (None, scaling):
-                continue
-            config = stage_config(options, stage, rows, options.steps)
-            seconds, losses = train(grafted, config, processes, split)
-            memory = processes.gather(peak_memory_bytes(device))
-            share = exchanging(grafted, stage_config(options, stage, rows, PROFILED), processes, split)
-            speed = rows * options.length / statistics.median(seconds[WARMUP:] or [float("nan")])
-            found = Measured(stage, split, scaling, processes.count, rows, speed, memory, share, losses)
-            if processes.main:
-                print(json.dumps(asdict(found)), flush=True)
+        rows = options.rows if scaling == "strong" else options.rows_each * processes.count
+        config = stage_config(options, stage, rows, options.steps)
+        seconds, losses = train(grafted, config, processes, split)
+        memory = processes.gather(peak_memory_bytes(device))
+        share = exchanging(grafted, stage_config(options, stage, rows, PROFILED), processes, split)
+        per_second = speed(config, seconds, processes.count, split)
+        found = Measured(stage, split, scaling, processes.count, rows, per_second, memory, share, losses, seconds)
+        say(f"{stage} by {split}, {scaling}: {per_second:,.0f} tokens/s")
+        if processes.main:
+            print(json.dumps(asdict(found)), flush=True)
 
 
 def launch(count: int) -> Iterator[Measured]:
@@ -214,6 +246,22 @@ def launch(count: int) -> Iterator[Measured]:
     codes = [child.wait() for child in children]
     if any(codes):
         raise SystemExit(f"{count} processes: one failed")
+
+
+def measured_before(out: Path | None, series: dict[str, Any]) -> list[Measured]:
+    """What the file holds of the same series; none where there is no file.
+
+    Raises:
+        SystemExit: it holds another series.
+    """
+    if out is None or not out.is_file():
+        return []
+    content = json.loads(out.read_text(encoding="utf-8"))
+    rows = content.pop("measured")
+    if content != json.loads(json.dumps(series)):
+        raise SystemExit(f"{out} holds measurements with other settings, versions or devices: give another file")
+    fields = Measured.__dataclass_fields__
+    return [Measured(**{name: row[name] for name in fields}) for row in rows]
 
 
 def compare(found: list[Measured]) -> list[dict[str, Any]]:
@@ -279,13 +327,19 @@ def main() -> None:
         return
     cuda = options.device != "cpu" and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU with {os.cpu_count()} cores"
-    settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out")}
-    found: list[Measured] = []
-    for one in (one for count in options.processes.split(",") for one in launch(int(count))):
-        found.append(one)
-        content = {"device": device, "settings": settings, "versions": versions(), "measured": compare(found)}
-        if options.out is not None:  # after each: a later one may fail
-            options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out", "processes")}
+    series = {"device": device, "settings": settings, "versions": versions()}
+    found = measured_before(options.out, series)
+    for count in map(int, options.processes.split(",")):
+        before = [one for one in found if one.processes == count]
+        if len(before) == len(asked(options, count)):
+            continue
+        found = [one for one in found if one not in before]
+        for one in launch(count):
+            found.append(one)
+            if options.out is not None:  # after each: a later one may fail
+                content = series | {"measured": compare(found)}
+                options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     title = f"{options.shape}, T={options.length}, {options.recipe}, {device}"
     Console(width=140).print(table(compare(found), title))
 
