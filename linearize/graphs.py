@@ -23,6 +23,9 @@ from linearize.surgery import Graft, sliding_layers
 
 log = logging.getLogger(__name__)
 
+Form = tuple[torch.Size | None, ...]
+"""Shapes of a micro-batch's tensors; None for one that it does without."""
+
 Work = Callable[[Batch], Mapping[str, Tensor]]
 """Adds the gradients of a batch on the device to its parameters' `.grad`; returns scalar metrics."""
 
@@ -34,9 +37,10 @@ ROOM = 1.5
 what runs beside it, such as an evaluation, needs memory too."""
 
 MASKED = 4096
-"""Tokens up to which rows of one document get a mask like others, to be the same work. Longer rows are launched as they
-come: a mask is T x T, and softmax's fastest kernels take none. On an H100 a graph of a SmolLM2-sized teacher, masked,
-took 14.6 ms for 4K tokens and 38.1 for 8K; launched without a mask it took 19.3 and 20.5.
+"""Tokens up to which rows of one document get a mask like others, to be the same work, where softmax needs masks at all
+(packed.py). Longer rows are launched as they come: a mask is T x T, and softmax's fastest kernels take none. On an H100
+a graph of a SmolLM2-sized teacher, masked, took 14.6 ms for 4K tokens and 38.1 for 8K; launched without a mask it took
+19.3 and 20.5.
 """
 
 WATCHING = {"dynamic", "longrope"}
@@ -102,8 +106,8 @@ class Replayed:
     """Micro-batches replayed from a CUDA graph, once a few of the same shape have been launched.
 
     The numbers are those of `Launched`: the same kernels run in the same order, and random numbers follow the state of
-    the generator; only rows of one document are masked, up to a length, and other kernels of softmax round otherwise.
-    Gradients add up in tensors that stay, since a graph knows addresses only.
+    the generator; only where softmax needs masks, rows of one document get one too, up to a length, and other kernels
+    of softmax round otherwise. Gradients add up in tensors that stay, since a graph knows addresses only.
 
     Args:
         work: looks at no number on the host, and does the same for all batches of one shape.
@@ -114,8 +118,8 @@ class Replayed:
         self._work, self._parameters, self._device = work, parameters, device
         self._learning: list[nn.Parameter] = []
         self._gradients: dict[nn.Parameter, Tensor] = {}
-        self._launched: Counter[tuple[torch.Size, ...]] = Counter()
-        self._recordings: dict[tuple[torch.Size, ...], _Recording] = {}
+        self._launched: Counter[Form] = Counter()
+        self._recordings: dict[Form, _Recording] = {}
         # one stream for all that is launched and recorded: autograd adds gradients up on the stream of their first use
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
@@ -131,8 +135,9 @@ class Replayed:
         before = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
-            long = batch.segments_BT is None and batch.input_ids_BT.shape[1] > MASKED
-            metrics = self._launch(batch) if long else self._replay_or_launch(_packed(batch))
+            alone = batch.segments_BT is None and batch.starts_S is None
+            long = alone and batch.input_ids_BT.shape[1] > MASKED
+            metrics = self._launch(batch) if long else self._replay_or_launch(_masked(batch) if alone else batch)
         before.wait_stream(self._stream)
         return metrics
 
@@ -143,7 +148,7 @@ class Replayed:
 
     def _replay_or_launch(self, batch: Batch) -> Mapping[str, Tensor]:
         """Replay it, where one of its shape was recorded or can be by now."""
-        form = tuple(tensor.shape for tensor in _tensors(batch))
+        form = tuple(None if tensor is None else tensor.shape for tensor in _tensors(batch))
         if form not in self._recordings and self._launched[form] >= RUNS_BEFORE and self._has_room():
             self._recordings[form] = self._record(batch)
         if form in self._recordings:
@@ -193,25 +198,24 @@ class Replayed:
 
 def _replay(recording: _Recording, batch: Batch) -> Mapping[str, Tensor]:
     for place, values in zip(_tensors(recording.batch), _tensors(batch), strict=True):
-        place.copy_(values, non_blocking=True)
+        if place is not None and values is not None:
+            place.copy_(values, non_blocking=True)
     recording.graph.replay()
     return dict(zip(recording.names, recording.metrics_N.clone().unbind(), strict=True))
 
 
-def _packed(batch: Batch) -> Batch:
+def _masked(batch: Batch) -> Batch:
     """The batch with document numbers, where every row is one document too: one shape, and one way to mask, for all."""
-    if batch.segments_BT is not None:
-        return batch
     ids_BT = batch.input_ids_BT
     return replace(batch, segments_BT=torch.zeros_like(ids_BT, pin_memory=ids_BT.is_pinned()))
 
 
-def _tensors(batch: Batch) -> tuple[Tensor, ...]:
-    assert batch.segments_BT is not None
+def _tensors(batch: Batch) -> tuple[Tensor | None, ...]:
     return (
         batch.input_ids_BT,
         batch.position_ids_BT,
         batch.segments_BT,
         batch.target_mask_BT,
+        batch.starts_S,
         *(batch.teacher or ()),
     )

@@ -21,6 +21,7 @@ from linearize.job import Conversion, check_budgets, check_job, check_text
 from linearize.machine import Machine, choose_machine
 from linearize.measuring import Converted, Measured, evaluation, measure, measure_in_training
 from linearize.metrics import MetricsLog, Progress
+from linearize.packed import softmax_by_document
 from linearize.profiling import profile_table, read_profile
 from linearize.provenance import asked, document, facts_of
 from linearize.randomness import seed_all
@@ -205,7 +206,8 @@ def _train(grafted: Graft, training: _Training, evaluate: Callable[[], dict[str,
                 split=training.split,
             )
             graphs = training.job.graphs and _recordable(recipe, index, grafted, training)
-            _train_stage(built[-1], run, training, evaluate, graphs)
+            with softmax_by_document(grafted, training.machine.mixed_precision) as by_document:
+                _train_stage(built[-1], run, training, evaluate, graphs, by_document)
     grafted.model.requires_grad_(False)
     return [folder.results()[f"stage{index}"] for index in range(len(recipe.stages))]
 
@@ -223,7 +225,12 @@ def _recordable(recipe: Recipe, index: int, grafted: Graft, training: _Training)
 
 
 def _train_stage(
-    stage: Stage, run: Run, training: _Training, evaluate: Callable[[], dict[str, float]], graphs: bool
+    stage: Stage,
+    run: Run,
+    training: _Training,
+    evaluate: Callable[[], dict[str, float]],
+    graphs: bool,
+    by_document: bool,
 ) -> None:
     """Run one stage, and note what it came to."""
     job, index = training.job, run.stage_index
@@ -237,6 +244,7 @@ def _train_stage(
         evaluate=evaluate,
         eval_every_steps=max(FEW_STEPS, stage.config.steps // training.recipe.evaluations),
         graphs=graphs,
+        by_document=by_document,
         profile=run.out / "profile" if job.profile and run.processes.main else None,
     )
     result = fit(stage, batches, run, settings)

@@ -28,6 +28,7 @@ class FitSettings:
             the random states are put back for it.
         eval_every_steps: steps between evaluations; None = at the stage's end only.
         graphs: on a GPU, replay micro-batches from CUDA graphs; only where each is the same work (`graphs.obstacle`).
+        by_document: softmax layers are told where documents start, and get no mask: inside `softmax_by_document`.
         profile: folder for a trace of a few steps, and a table of where their time goes; None = no profile.
     """
 
@@ -39,6 +40,7 @@ class FitSettings:
     evaluate: Callable[[], Mapping[str, float]] | None = None
     eval_every_steps: int | None = None
     graphs: bool = False
+    by_document: bool = False
     profile: Path | None = None
 
 

@@ -38,6 +38,7 @@ from linearize.graphs import obstacle
 from linearize.machine import DTYPES, Machine, choose_machine, versions
 from linearize.memory import Target, predict_memory
 from linearize.metrics import MetricsLog, Progress, read_metrics
+from linearize.packed import softmax_by_document
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import write_json
 from linearize.stages import Batch, Stage, build_stage, student_parameters
@@ -245,8 +246,12 @@ def measure_stage(
             metrics=metrics, progress=Progress(Console(quiet=True)), seed=0, recipe_hash="", corpus_fingerprint="",
         )  # fmt: skip
         with Peak(device) as peak:
-            graphs = settings.graphs and not obstacle(stage.config, grafted)
-            fit(stage, rows, run, FitSettings(settings.machine.mixed_precision, None, 1e9, graphs=graphs))
+            graphs, precision = (
+                settings.graphs and not obstacle(stage.config, grafted),
+                settings.machine.mixed_precision,
+            )
+            with softmax_by_document(grafted, precision) as by_document:
+                fit(stage, rows, run, FitSettings(precision, None, 1e9, graphs=graphs, by_document=by_document))
         seconds = [record["seconds"] for record in read_metrics(metrics.path)][settings.warmup :]
     for parameter in stage.trainable().values():
         parameter.grad = None

@@ -47,6 +47,7 @@ from linearize.distributed import Processes, Split, shard_base, start_processes
 from linearize.graphs import RUNS_BEFORE, obstacle
 from linearize.machine import versions
 from linearize.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
+from linearize.packed import softmax_by_document
 from linearize.recipe import load_recipe
 from linearize.runs import FitSettings, Run
 from linearize.stages import Batch, StageConfig, build_stage, student_parameters
@@ -158,8 +159,9 @@ def train(grafted: Graft, config: StageConfig, processes: Processes, split: Spli
             split=split,
         )
         precision: Literal["no", "bf16"] = "bf16" if grafted.model.device.type == "cuda" else "no"
-        settings = FitSettings(precision, None, 1e9, graphs=not obstacle(config, grafted))
-        fit(stage, RandomRows(config, grafted.model.config.vocab_size), run, settings)
+        rows, graphs = RandomRows(config, grafted.model.config.vocab_size), not obstacle(config, grafted)
+        with softmax_by_document(grafted, precision) as by_document:
+            fit(stage, rows, run, FitSettings(precision, None, 1e9, graphs=graphs, by_document=by_document))
         records = read_metrics(metrics.path)
     return [record["seconds"] for record in records], [record["loss"] for record in records]
 

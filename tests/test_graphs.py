@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 from linearize.adapters import LoraSettings
 from linearize.graphs import Launched, Replayed, obstacle
 from linearize.metrics import MetricsLog, Progress, read_metrics
+from linearize.packed import softmax_by_document
 from linearize.recipe import load_recipe
 from linearize.runs import FitSettings, Run
 from linearize.stages import Batch, StageConfig, build_stage, student_parameters
@@ -53,7 +55,7 @@ Trained = tuple[dict[str, Tensor], list[dict[str, Any]]]
 """Weights and metrics of one stage."""
 
 
-def train(out: Path, grafted: Graft, config: StageConfig, graphs: bool) -> Trained:
+def train(out: Path, grafted: Graft, config: StageConfig, graphs: bool, by_document: bool = False) -> Trained:
     grafted.model.requires_grad_(False)
     torch.manual_seed(5)
     stage = build_stage(config, grafted)
@@ -62,7 +64,10 @@ def train(out: Path, grafted: Graft, config: StageConfig, graphs: bool) -> Train
             out=out, stage_index=0, student=student_parameters(grafted, [stage]), checkpoint=None, metrics=metrics,
             progress=Progress(Console(quiet=True)), seed=3, recipe_hash="recipe", corpus_fingerprint="corpus",
         )  # fmt: skip
-        fit(stage, batches(config.steps * config.accumulation, not graphs), run, FitSettings("bf16", graphs=graphs))
+        rows = batches(config.steps * config.accumulation, not graphs and not by_document)
+        with softmax_by_document(grafted, "bf16") if by_document else nullcontext(False) as told:
+            assert told == by_document
+            fit(stage, rows, run, FitSettings("bf16", graphs=graphs, by_document=told))
     drop = ("seconds", "tokens_per_second")
     records = [
         {name: x for name, x in each.items() if name not in drop} for each in read_metrics(out / "metrics.jsonl")
@@ -71,12 +76,12 @@ def train(out: Path, grafted: Graft, config: StageConfig, graphs: bool) -> Train
 
 
 @pytest.fixture
-def new_graft(make_teacher: MakeTeacher) -> Callable[[str], Graft]:
-    def make(recipe: str) -> Graft:
+def new_graft(make_teacher: MakeTeacher) -> Callable[..., Graft]:
+    def make(recipe: str, keep: Sequence[int] = ()) -> Graft:
         model = make_teacher(hidden_size=128, head_dim=32).to("cuda", torch.bfloat16)
         torch.manual_seed(1)
         chosen = load_recipe(recipe)
-        return graft(model, plan_surgery(model, chosen.mixer))
+        return graft(model, plan_surgery(model, chosen.mixer, tuple(keep)))
 
     return make
 
@@ -100,6 +105,25 @@ def test_replayed_equals_launched(
     found = [train(tmp_path / str(graphs), new_graft(recipe), config, graphs) for graphs in (False, True)]
     assert "recorded a CUDA graph" in caplog.text
     assert_same(*found)
+
+
+@pytest.mark.parametrize("recipe", [pytest.param(name, marks=gpu) for name in ("hedgehog", "lawcat", "lizard")])
+@pytest.mark.parametrize("kind", ["transfer", "distil"])
+def test_softmax_that_is_told_documents_learns_what_a_masked_one_does(
+    tmp_path: Path, new_graft: Callable[..., Graft], recipe: str, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Launched and replayed alike to the tolerance of this file; against masks, other kernels round bf16 otherwise."""
+    caplog.set_level("INFO", "linearize.graphs")
+    config = TransferConfig(**BUDGET) if kind == "transfer" else DistilConfig(**BUDGET, kl=0.5, ce=0.5, lora=LORA)
+    keep = (1,) if kind == "distil" else ()  # a softmax layer that gradients pass through
+    launched, replayed = (
+        train(tmp_path / str(graphs), new_graft(recipe, keep), config, graphs, by_document=True)
+        for graphs in (False, True)
+    )
+    assert "recorded a CUDA graph" in caplog.text
+    assert_same(launched, replayed)
+    _, masked = train(tmp_path / "masked", new_graft(recipe, keep), config, False)
+    assert [one["loss"] for one in masked] == pytest.approx([one["loss"] for one in launched[1]], rel=1e-2)
 
 
 OTHERS = {

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_processes import SETTINGS, TOLERANCE, assert_same_records
 
 from linearize.checkpoint import load_latest
-from test_processes import SETTINGS, TOLERANCE, assert_same_records
 
 DEVICE = "cuda"
 GPUS = min(torch.cuda.device_count(), 4) // 2 * 2

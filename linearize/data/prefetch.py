@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Protocol
@@ -27,10 +28,18 @@ class MadeAhead:
 
     Args:
         stride: from the number of one micro-batch that will be asked for to the next.
+        finish: what to do to each, in the thread.
     """
 
-    def __init__(self, batches: Numbered, device: torch.device, stride: int = 1, ahead: int = 2) -> None:
-        self._batches, self._stride, self._ahead = batches, stride, ahead
+    def __init__(
+        self,
+        batches: Numbered,
+        device: torch.device,
+        stride: int = 1,
+        ahead: int = 2,
+        finish: Callable[[Batch], Batch] | None = None,
+    ) -> None:
+        self._batches, self._stride, self._ahead, self._finish = batches, stride, ahead, finish
         self._made: dict[int, Future[Batch]] = {}
         self._pool = ThreadPoolExecutor(1, "batches", _begin_thread, (device,))
 
@@ -44,8 +53,12 @@ class MadeAhead:
         for other in self._made.keys() - wanted:
             self._made.pop(other).cancel()
         for near in sorted(wanted - self._made.keys()):
-            self._made[near] = self._pool.submit(self._batches.__getitem__, near)
+            self._made[near] = self._pool.submit(self._make, near)
         return self._made.pop(index).result()
+
+    def _make(self, number: int) -> Batch:
+        batch = self._batches[number]
+        return batch if self._finish is None else self._finish(batch)
 
     def __enter__(self) -> "MadeAhead":
         return self

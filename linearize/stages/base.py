@@ -25,6 +25,12 @@ RowLength = Annotated[int, Field(ge=2)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Backward = Callable[[Tensor], None]
 
+BY_DOCUMENT = "linearize_by_document"
+"""transformers' name of the attention of packed.py."""
+
+MASKED = ("sdpa", BY_DOCUMENT)
+"""Implementations of attention that take boolean masks."""
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -37,6 +43,8 @@ class Batch:
         target_mask_BT: True where the next token of the row belongs to the same document, and, in a conversation, to
             a reply, so that it is a target. The last column is always False.
         teacher: what the teacher makes of them, where that was cached.
+        starts_S: int32; where documents start in the B·T tokens one after another, filled up with B·T. Given where
+            softmax layers attend by it and need no mask (packed.py).
     """
 
     input_ids_BT: Tensor
@@ -44,6 +52,7 @@ class Batch:
     segments_BT: Tensor | None
     target_mask_BT: Tensor
     teacher: TopK | None = None
+    starts_S: Tensor | None = None
 
     def to(self, device: object) -> "Batch":
         """The same batch on another device; copies run asynchronously from pinned memory."""
@@ -51,9 +60,14 @@ class Batch:
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)  # type: ignore[call-overload]
 
-        segments = None if self.segments_BT is None else move(self.segments_BT)
-        teacher = None if self.teacher is None else TopK(*map(move, self.teacher))
-        return Batch(move(self.input_ids_BT), move(self.position_ids_BT), segments, move(self.target_mask_BT), teacher)
+        return Batch(
+            input_ids_BT=move(self.input_ids_BT),
+            position_ids_BT=move(self.position_ids_BT),
+            segments_BT=None if self.segments_BT is None else move(self.segments_BT),
+            target_mask_BT=move(self.target_mask_BT),
+            teacher=None if self.teacher is None else TopK(*map(move, self.teacher)),
+            starts_S=None if self.starts_S is None else move(self.starts_S),
+        )
 
     @property
     def tokens(self) -> int:
@@ -247,8 +261,12 @@ def softmax_mask(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     Left to itself transformers compares positions on the GPU, fetches the answer to the CPU, which waits for all that
     was launched, and makes this mask once for every pass. Rows of one document leave it that look: their attention is
     plainly causal, and its fastest kernel takes no mask. Layers that slide over a window need a mask of their own.
+    Where layers attend by the documents' starts, a mask of no memory, which none of them reads, stands for it.
     """
-    if batch.segments_BT is None or model.config._attn_implementation != "sdpa" or sliding_layers(model):
+    if batch.starts_S is not None:
+        rows, length = batch.input_ids_BT.shape
+        return torch.ones((), dtype=torch.bool, device=batch.input_ids_BT.device).expand(rows, 1, length, length)
+    if batch.segments_BT is None or model.config._attn_implementation not in MASKED or sliding_layers(model):
         return None
     segments_BT, length = batch.segments_BT, batch.segments_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril_()
@@ -262,12 +280,16 @@ def run_trunk(model: PreTrainedModel, batch: Batch, mask_B1TT: Tensor | None = N
         mask_B1TT: what `softmax_mask` gives for this batch, for all passes over it.
     """
     packed = batch.segments_BT is not None
+    documents: dict[str, Any] = {}
+    if batch.starts_S is not None:
+        documents = {"cu_seq_lens_q": batch.starts_S, "max_length_q": batch.input_ids_BT.shape[1]}
     output = trunk_of(model)(
         input_ids=batch.input_ids_BT,
         position_ids=batch.position_ids_BT if packed else None,  # None: 0 to T - 1
         attention_mask=mask_B1TT,
         use_cache=False,
         segments_BT=batch.segments_BT,
+        **documents,
     )
     hidden: Tensor = output.last_hidden_state
     return hidden
