@@ -6,6 +6,7 @@ Shape legend: B batch, T tokens, H query heads, V value width (in distillation: 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -92,9 +93,12 @@ def attention_cross_entropy(teacher: RowWeights, student: RowWeights, length: in
 
 
 def _by_blocks(part: RowWeights, length: int, block: int) -> list[Tensor]:
-    """`part(start, stop)` of every block of rows; what it computes on the way is computed again in the backward."""
-    starts = range(0, length, block)
-    return [checkpoint(part, start, min(start + block, length), use_reentrant=False) for start in starts]
+    """`part(start, stop)` of every block of rows; what it computes on the way is computed again in the backward.
+
+    Nothing in it is random: no random state is kept for it, which a CUDA graph could not fetch.
+    """
+    again = partial(checkpoint, part, use_reentrant=False, preserve_rng_state=False)
+    return [again(start, min(start + block, length)) for start in range(0, length, block)]
 
 
 class DistillationLoss(NamedTuple):

@@ -102,6 +102,7 @@ class Settings:
     seconds: float
     compiled: bool
     graphs: bool
+    masked: bool
 
     def recipe_for(self, case: Case) -> Recipe:
         """The recipe with the case's sizes: one micro-batch a step, as many tokens as the steps need."""
@@ -250,7 +251,8 @@ def measure_stage(
                 settings.graphs and not obstacle(stage.config, grafted),
                 settings.machine.mixed_precision,
             )
-            with softmax_by_document(grafted, precision) as by_document:
+            telling = nullcontext(False) if settings.masked else softmax_by_document(grafted, precision)
+            with telling as by_document:
                 fit(stage, rows, run, FitSettings(precision, None, 1e9, graphs=graphs, by_document=by_document))
         seconds = [record["seconds"] for record in read_metrics(metrics.path)][settings.warmup :]
     for parameter in stage.trainable().values():
@@ -329,13 +331,21 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=3.0, help="time for each forward that is measured by itself")
     parser.add_argument("--compile", action="store_true", help="compile the mixers")
     parser.add_argument("--no-graphs", action="store_true", help="launch micro-batches, do not replay CUDA graphs")
+    parser.add_argument("--masked", action="store_true", help="softmax layers get masks of packed rows, on GPUs too")
     parser.add_argument("--out", type=Path, required=True, help="JSON, written after every row")
     asked = parser.parse_args()
     if asked.steps <= asked.warmup:
         parser.error("--steps must be more than --warmup")
     machine = choose_machine(asked.device, "auto")
     settings = Settings(
-        machine, asked.recipe, asked.steps, asked.warmup, asked.seconds, asked.compile, not asked.no_graphs
+        machine,
+        asked.recipe,
+        asked.steps,
+        asked.warmup,
+        asked.seconds,
+        asked.compile,
+        not asked.no_graphs,
+        asked.masked,
     )
     facts = {"device": machine.name, "precision": machine.precision, "date": datetime.now(UTC).isoformat(),
              "versions": versions(), "command": " ".join(sys.argv), "recipe": asked.recipe}  # fmt: skip

@@ -333,6 +333,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="out/kernels", help="folder for results.json and time.png")
     parser.add_argument("--prefill", action="append", default=None, help="recipes whose prefill is timed")
+    parser.add_argument("--prefill-only", action="store_true", help="time nothing else; not even draw")
     parser.add_argument("--host-profile", action="store_true", help="print where Python's time goes in prefill")
     parser.add_argument("--shape", action="append", choices=SHAPES, help="only this row, may be repeated")
     parser.add_argument("--skip", action="append", default=[], help="a contender by name, may be repeated")
@@ -340,14 +341,20 @@ def main() -> int:
     shapes = {shape: SHAPES[shape] for shape in options.shape or SHAPES}
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    top = ceilings()
     record: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "date": f"{datetime.now(UTC):%Y-%m-%d}",
-        **top,
         "host_us": host_time(),
     }
+    recipes = options.prefill or ["hedgehog"]
+    if options.prefill_only:
+        print(record, flush=True)
+        record["prefill"] = [row for recipe in recipes for row in prefill(recipe, options.host_profile)]
+        (out / "results.json").write_text(json.dumps(record, indent=1))
+        return 0
+    top = ceilings()
+    record |= top
     print(record, flush=True)
     record["decode H32 D128"] = decode(top["copy_tb_s"])
     record["shapes"] = {}
@@ -376,9 +383,7 @@ def main() -> int:
     record["curve B1 H16 D64"] = curve = measure_curve(options.skip)
     (out / "results.json").write_text(json.dumps(record, indent=1))
     draw(curve, out)
-    record["prefill"] = [
-        row for recipe in options.prefill or ["hedgehog"] for row in prefill(recipe, options.host_profile)
-    ]
+    record["prefill"] = [row for recipe in recipes for row in prefill(recipe, options.host_profile)]
     (out / "results.json").write_text(json.dumps(record, indent=1))
     return 0
 

@@ -128,6 +128,7 @@ def test_softmax_that_is_told_documents_learns_what_a_masked_one_does(
 
 OTHERS = {
     "qkv and o, hidden states": TransferConfig(**BUDGET, train=("mixer", "qkv", "o"), objective={"hidden": 1.0}),
+    "rows": TransferConfig(**BUDGET, objective={"mse": 1.0, "matrix": 0.5, "attention_ce": 0.5}),
     "all weights": DistilConfig(**BUDGET, train=("all",)),
     "qkv and norms": DistilConfig(**BUDGET, train=("mixer", "qkv", "norms")),
     "the likeliest tokens": DistilConfig(**BUDGET, top_k=8, lora=LORA),
@@ -200,7 +201,7 @@ def test_what_cannot_be_recorded_says_why(make_teacher: MakeTeacher) -> None:
     assert obstacle(DistilConfig(tokens=1), grafted) == ""
     assert "forcing" in obstacle(TransferConfig(tokens=1, student_forcing=StudentForcing()), grafted)
     assert "watch" in obstacle(TransferConfig(tokens=1, watch=WatchConfig(stop=StopConfig())), grafted)
-    assert "attention_ce" in obstacle(TransferConfig(tokens=1, objective={"attention_ce": 1.0}), grafted)
+    assert obstacle(TransferConfig(tokens=1, objective={"attention_ce": 1.0, "matrix": 1.0}), grafted) == ""
     assert "recomputed" in obstacle(DistilConfig(tokens=1, checkpoint_activations=True), grafted)
     eager = make_teacher(attn_implementation="eager")
     assert "mask" in obstacle(plain, graft(eager, plan_surgery(eager, load_recipe("hedgehog").mixer)))

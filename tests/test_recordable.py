@@ -60,6 +60,7 @@ NOT_RECORDED = {"mixtral", "qwen3_moe", "qwen2", "qwen3", "gemma2", "gemma3_text
 STAGES: dict[str, StageConfig] = {
     "transfer": TransferConfig(tokens=1),
     "hidden": TransferConfig(tokens=1, objective={"mse": 1.0, "hidden": 1.0}),
+    "rows": TransferConfig(tokens=1, objective={"matrix": 1.0, "attention_ce": 1.0}),
     "distil": DistilConfig(tokens=1, kl=0.5, ce=0.5),
     "top_k": DistilConfig(tokens=1, top_k=5, train=("mixer",)),
 }
@@ -77,6 +78,10 @@ def test_what_is_recorded_asks_nothing_of_the_host(stage: str, family: str) -> N
 @pytest.mark.parametrize("stage", ["hidden", "top_k"])
 def test_mixers_ask_nothing_of_the_host(stage: str, recipe: str) -> None:
     assert host_reads(STAGES[stage], recipe, "llama") == ("", set())
+
+
+def test_rows_that_are_formed_again_ask_nothing_of_the_host() -> None:
+    assert host_reads(STAGES["rows"], "hedgehog", "llama") == ("", set())
 
 
 ROPES: dict[str, dict[str, Any]] = {

@@ -149,10 +149,7 @@ class TransferConfig(StageConfig):
 
     @property
     def changes(self) -> str:
-        if not self.layers_train_alone:
-            return "student_forcing and watch change which layers do what"
-        rows = [name for name in ("attention_ce", "matrix") if self.objective.get(name)]
-        return f"{' and '.join(rows)} recompute rows, and look at the random state for it" if rows else ""
+        return "" if self.layers_train_alone else "student_forcing and watch change which layers do what"
 
     def misfits(self, mixer: type[StudentMixer]) -> dict[str, str]:
         fitting = [name for name, objective in OBJECTIVES.items() if mixer.rows in objective.rows]
