@@ -11,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from linearize.errors import RecipeError
+from linearize.packed import softmax_by_document, told
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
@@ -78,10 +79,13 @@ class Targets:
 
         def answer(batch: Batch) -> TopK:
             with mixed:
-                return stage.targets(batch.to(device))
+                return stage.targets((told(batch) if by_document else batch).to(device))
 
         place = self._place(index)
-        with console.status("Running the teacher") as status:
+        with (
+            console.status("Running the teacher") as status,
+            softmax_by_document(stage.graft, self.mixed_precision) as by_document,
+        ):
             count = write_targets(
                 place, key, batches, answer, lambda done, of: status.update(f"Teacher targets: {done:,} of {of:,}")
             )

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_families import tiny_teacher
 from torch import Tensor
@@ -55,6 +55,7 @@ def by_document(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     return seen
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=4))
 def test_starts_are_those_of_the_documents(lengths: list[list[int]]) -> None:
     longest = max(map(sum, lengths))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from linearize import target_cache
+from linearize import packed, target_cache
 from linearize.caching import Targets
 from linearize.cli import main
 from linearize.errors import RecipeError, RunError
@@ -181,7 +181,9 @@ def losses(out: Path) -> list[dict[str, Any]]:
 QUIET = Console(quiet=True)
 
 
-def test_a_run_on_cached_targets_is_the_run_that_asks_the_teacher(job, tmp_path, monkeypatch):
+@pytest.mark.parametrize("by_document", [False, True])
+def test_a_run_on_cached_targets_is_the_run_that_asks_the_teacher(job, tmp_path, monkeypatch, by_document):
+    monkeypatch.setattr(packed, "_able", lambda *_: by_document)  # as on a GPU
     asks = replace(job, overrides=(*SHORT, "stages.1.top_k=9"), out=tmp_path / "asks")
     convert(asks, QUIET)
     reads = replace(asks, out=tmp_path / "reads", targets=tmp_path / "targets")
