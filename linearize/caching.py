@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from linearize.errors import RecipeError
-from linearize.packed import softmax_by_document, told
+from linearize.packed import softmax_by_document, with_starts
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
@@ -79,7 +79,7 @@ class Targets:
 
         def answer(batch: Batch) -> TopK:
             with mixed:
-                return stage.targets((told(batch) if by_document else batch).to(device))
+                return stage.targets((with_starts(batch) if by_document else batch).to(device))
 
         place = self._place(index)
         with (

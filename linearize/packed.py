@@ -118,7 +118,7 @@ def _able(graft: Graft, computes: torch.dtype) -> bool:
     )
 
 
-def told(batch: Batch) -> Batch:
+def with_starts(batch: Batch) -> Batch:
     """The batch, on the host, with the places where its documents start.
 
     Their number is filled up to a power of two with documents of no tokens, so that batches come in few shapes.

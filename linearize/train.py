@@ -30,7 +30,7 @@ from linearize.distributed import Processes, Share, StepReport, send_from, share
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.graphs import Launched, MicroBatches, Replayed
 from linearize.metrics import Throughput, fetch_means, finite_or_null, peak_memory_bytes
-from linearize.packed import told
+from linearize.packed import with_starts
 from linearize.profiling import profiled
 from linearize.randomness import get_rng_state, seed_all, set_rng_state
 from linearize.relay import Relay
@@ -166,7 +166,7 @@ def _prepare(stage: Stage, batches: Batches, run: Run, settings: FitSettings) ->
     # set, not passed: `accelerate launch` overrides the argument through its environment
     accelerator.gradient_accumulation_steps = stage.config.accumulation
     optimizer = _adamw(stage.course.groups(parameters), stage.config.optimizer)
-    ahead = MadeAhead(batches, device, share.stride, finish=told if settings.by_document else None)
+    ahead = MadeAhead(batches, device, share.stride, finish=with_starts if settings.by_document else None)
     run_one = _micro_batches(stage, accelerator, list(parameters.values()), run, settings)
     return _Work(stage, ahead, run, share, parameters, run_one, optimizer, device)
 

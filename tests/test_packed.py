@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from linearize import packed
 from linearize.families import FAMILIES
 from linearize.mixers.hedgehog import HedgehogConfig
-from linearize.packed import attend, softmax_by_document, told
+from linearize.packed import attend, softmax_by_document, with_starts
 from linearize.recipe import load_recipe
 from linearize.stages import Batch, build_stage
 from linearize.stages.base import BY_DOCUMENT, run_trunk, softmax_mask
@@ -60,7 +60,7 @@ def by_document(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_starts_are_those_of_the_documents(lengths: list[list[int]]) -> None:
     longest = max(map(sum, lengths))
     lengths = [[*row, longest - sum(row)] if sum(row) < longest else row for row in lengths]
-    starts_S = told(as_batch(lengths)).starts_S
+    starts_S = with_starts(as_batch(lengths)).starts_S
     assert starts_S is not None
     assert starts_S.dtype == torch.int32
     every = [length for row in lengths for length in row]
@@ -72,7 +72,7 @@ def test_starts_are_those_of_the_documents(lengths: list[list[int]]) -> None:
 
 def test_rows_of_one_document_start_at_the_rows() -> None:
     batch = as_batch([[7], [7], [7]])
-    starts_S = told(Batch(batch.input_ids_BT, batch.position_ids_BT, None, batch.target_mask_BT)).starts_S
+    starts_S = with_starts(Batch(batch.input_ids_BT, batch.position_ids_BT, None, batch.target_mask_BT)).starts_S
     assert starts_S is not None
     assert starts_S.tolist() == [0, 7, 14, 21, 21]
 
@@ -89,7 +89,7 @@ def test_every_family_hands_on_where_documents_start(family: str, by_document: l
             expected = run_trunk(model, batch, softmax_mask(model, batch))
             with softmax_by_document(grafted, "no") as able:
                 assert able
-                found = run_trunk(model, told(batch), softmax_mask(model, told(batch)))
+                found = run_trunk(model, with_starts(batch), softmax_mask(model, with_starts(batch)))
         assert torch.equal(found, expected)
         assert len(by_document) == (3 if teacher else 1)
         by_document.clear()
@@ -114,7 +114,7 @@ def test_stages_learn_the_same(
         for parameter in stage.trainable().values():
             parameter.requires_grad_(True)
         with softmax_by_document(grafted, "no") if tell else nullcontext():
-            found = stage.train_micro_batch(told(batch) if tell else batch, lambda loss: loss.backward())
+            found = stage.train_micro_batch(with_starts(batch) if tell else batch, lambda loss: loss.backward())
         return found["loss"], [p.grad for p in stage.trainable().values() if p.grad is not None]
 
     (expected, gradients), (found, others) = losses(False), losses(True)
@@ -169,7 +169,7 @@ def test_where_it_cannot_be(make_teacher: Callable[..., PreTrainedModel], monkey
 @pytest.mark.parametrize("autocast", [False, True])
 def test_the_kernel_follows_documents(groups: int, autocast: bool) -> None:
     """Values and gradients against softmax with a mask, in fp64."""
-    batch = told(as_batch([[100, 1, 155], [256], [7] * 36 + [4]])).to("cuda")
+    batch = with_starts(as_batch([[100, 1, 155], [256], [7] * 36 + [4]])).to("cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     dtype = torch.float32 if autocast else torch.bfloat16
     heads = [
