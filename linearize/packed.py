@@ -84,7 +84,7 @@ ALL_MASK_ATTENTION_FUNCTIONS.register(BY_DOCUMENT, ALL_MASK_ATTENTION_FUNCTIONS[
 def softmax_by_document(graft: Graft, mixed_precision: Literal["no", "bf16"]) -> Iterator[bool]:
     """Inside, softmax layers attend by `Batch.starts_S` where micro-batches have them; yields whether they can.
 
-    They can on GPUs, in half precision, where all of them attend to all of a document and drop nothing out.
+    They can on GPUs, in half precision, where all of them attend to all of a document.
 
     Args:
         mixed_precision: `bf16` where the forward runs under autocast.
