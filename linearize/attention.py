@@ -209,8 +209,7 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     assert isinstance(config, PreTrainedConfig)
     cached = given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache)
     segments = given.get("segments_BT")
-    told = segments is not None or given.get("cu_seq_lens_q") is not None
-    if told and mask is not None and mask.ndim == 4:  # for softmax layers; it says what the segments say
+    if "segments_BT" in given and mask is not None and mask.ndim == 4:  # says the same, to softmax layers
         return (), {**given, "padding_mask_BT": None, "segments_BT": segments}
     if mask is not None and mask.ndim != 2:
         raise ValueError(

@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 from linearize.families import FAMILIES, has_experts
 from linearize.live_memory import BLOCK, LiveMemory
 from linearize.machine import DTYPES, Precision
+from linearize.packed import softmax_by_document
 from linearize.recipe import Recipe
 from linearize.stages import Batch, Stage, StageConfig, build_stage, check_sizes, check_stages
 from linearize.surgery import EveryNth, Graft, graft, plan_surgery, with_frozen_teacher
@@ -204,7 +205,8 @@ def _trace(grafted: Graft, recipe: Recipe, target: Target) -> list[Peaks]:
 def _trace_stage(stage: Stage, config: StageConfig, grafted: Graft, target: Target) -> Peaks:
     rows, length = min(config.micro_batch, config.batch), config.length
     mixed = torch.autocast("cpu", torch.bfloat16) if target.precision == "bf16" else nullcontext()
-    with _without_memory(grafted, target):
+    precision: Literal["no", "bf16"] = "bf16" if target.precision == "bf16" else "no"
+    with _without_memory(grafted, target), softmax_by_document(grafted, precision) as by_document:
         if config.accumulation > 1:  # gradients of the micro-batches before
             for parameter in stage.trainable().values():
                 parameter.grad = torch.empty_like(parameter)
@@ -212,7 +214,8 @@ def _trace_stage(stage: Stage, config: StageConfig, grafted: Graft, target: Targ
         with LiveMemory(gradients) as memory, mixed:
             ids_BT = torch.zeros(rows, length, dtype=torch.long)
             targets_BT = torch.zeros(rows, length, dtype=torch.bool)
-            batch = Batch(ids_BT, ids_BT.clone(), ids_BT.clone(), targets_BT)
+            starts_S = torch.zeros(rows + 1, dtype=torch.int32) if by_document else None
+            batch = Batch(ids_BT, ids_BT.clone(), ids_BT.clone(), targets_BT, starts_S=starts_S)
             stage.train_micro_batch(batch, lambda loss: loss.backward())
         return memory.at_peak
 

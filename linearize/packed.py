@@ -23,8 +23,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from linearize.families import family_of
 from linearize.stages.base import BY_DOCUMENT, Batch
 from linearize.surgery import Graft, base_model_type, sliding_layers
+from linearize_kernels.backend import device_kind
 
 WIDEST_HEAD = 256
+OLDEST = (8, 0)  # compute capability
+SHORTEST = 128
+"""Tokens of a document, on average over a micro-batch, from which on the kernel is worth it. It pads documents to
+blocks of as many in its backward pass, and starts a program for each block that the longest document could have.
+"""
+
 HALVES = (torch.bfloat16, torch.float16)
 TAKES_GROUPS = "enable_gqa" in signature(varlen_attn).parameters  # torch 2.11 wants as many key heads as query heads
 
@@ -51,9 +58,12 @@ def attend(
     heads = query_BHTK, key_BGTK, value_BGTV
     device = query_BHTK.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query_BHTK.dtype
-    if cu_seq_lens_q is None or device != "cuda" or dtype not in HALVES or dropout:
-        if cu_seq_lens_q is not None:
-            attention_mask = _mask(cu_seq_lens_q, query_BHTK.shape[0], query_BHTK.shape[2])
+    if cu_seq_lens_q is None:
+        stands_in = attention_mask is not None and attention_mask.stride()[-2:] == (0, 0)  # `softmax_mask`
+        assert not stands_in, f"{type(module).__name__} was not handed where documents start"
+    elif device_kind(query_BHTK) != "cuda" or dtype not in HALVES or dropout:
+        attention_mask, cu_seq_lens_q = _mask(cu_seq_lens_q, query_BHTK.shape[0], query_BHTK.shape[2]), None
+    if cu_seq_lens_q is None:
         return sdpa_attention_forward(module, *heads, attention_mask, dropout=dropout, scaling=scaling, **others)
     assert max_length_q is not None
     q_LHK, k_LGK, v_LGV = (tensor_BHTK.transpose(1, 2).flatten(0, 1).to(dtype) for tensor_BHTK in heads)
@@ -104,11 +114,13 @@ def softmax_by_document(graft: Graft, mixed_precision: Literal["no", "bf16"]) ->
 def _able(graft: Graft, computes: torch.dtype) -> bool:
     """Whether the kernel does what `sdpa` with a mask would do in every softmax layer."""
     model = graft.observed.model
-    device, config = model.device, model.config
+    config, weight = model.config, model.get_input_embeddings().weight  # which no stream moves
+    assert isinstance(weight, Tensor)
+    old = weight.is_cuda and torch.cuda.get_device_capability(weight.device) < OLDEST
     heads = [student.shapes for student in graft.students.values()]
     return (
-        device.type == "cuda"
-        and torch.cuda.get_device_capability(device) >= (8, 0)
+        device_kind(weight) == "cuda"
+        and not old
         and computes in HALVES
         and config._attn_implementation == "sdpa"
         and not sliding_layers(model)
@@ -119,7 +131,7 @@ def _able(graft: Graft, computes: torch.dtype) -> bool:
 
 
 def with_starts(batch: Batch) -> Batch:
-    """The batch, on the host, with the places where its documents start.
+    """The batch, on the host, with the places where its documents start; without, where most are very short.
 
     Their number is filled up to a power of two with documents of no tokens, so that batches come in few shapes.
     """
@@ -130,10 +142,9 @@ def with_starts(batch: Batch) -> Batch:
         begins_BT = batch.segments_BT.diff(dim=1, prepend=batch.segments_BT[:, :1]) != 0
         begins_BT[:, 0] = True
         (starts_N,) = begins_BT.flatten().nonzero(as_tuple=True)
-    starts_S = torch.full((_power_of_two(len(starts_N)) + 1,), tokens, dtype=torch.int32)
+    documents = 2 ** (len(starts_N) - 1).bit_length()
+    if documents * SHORTEST > tokens:
+        return batch
+    starts_S = torch.full((documents + 1,), tokens, dtype=torch.int32)
     starts_S[: len(starts_N)] = starts_N
     return replace(batch, starts_S=starts_S.pin_memory() if batch.input_ids_BT.is_pinned() else starts_S)
-
-
-def _power_of_two(number: int) -> int:
-    return int(2 ** (number - 1).bit_length())

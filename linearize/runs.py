@@ -16,7 +16,7 @@ from linearize.metrics import MetricsLog, Progress
 
 @dataclass(frozen=True)
 class FitSettings:
-    """How to run a stage; nothing here changes what is learnt, apart from `mixed_precision`.
+    """How to run a stage; nothing here changes what is learnt, but for rounding: `mixed_precision`, `by_document`.
 
     Attributes:
         mixed_precision: `bf16` runs the forward under autocast; parameters, gradients and AdamW keep their own dtype.

@@ -23,6 +23,7 @@ NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -49,6 +50,7 @@ from linearize.machine import versions
 from linearize.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
 from linearize.packed import softmax_by_document
 from linearize.recipe import load_recipe
+from linearize.run_folder import write_json
 from linearize.runs import FitSettings, Run
 from linearize.stages import Batch, StageConfig, build_stage, student_parameters
 from linearize.surgery import Graft, graft, plan_surgery
@@ -90,7 +92,7 @@ class Measured:
     scaling: str
     processes: int
     rows: int
-    tokens_per_second: float
+    tokens_per_second: float | None
     memory_bytes: list[int]
     exchanging: float | None
     losses: list[float]
@@ -166,12 +168,12 @@ def train(grafted: Graft, config: StageConfig, processes: Processes, split: Spli
     return [record["seconds"] for record in records], [record["loss"] for record in records]
 
 
-def speed(config: StageConfig, seconds: list[float], processes: int, split: Split) -> float:
-    """Tokens per second of the steps after those that record a CUDA graph; NaN where there are no others."""
+def speed(config: StageConfig, seconds: list[float], processes: int, split: Split) -> float | None:
+    """Tokens per second of the steps after those that record a CUDA graph; None where there are no others."""
     sharing = 1 if split == "layers" else processes
     own = config.accumulation // sharing
     counted = seconds[math.ceil((RUNS_BEFORE + 1) / own) :]
-    return config.batch * config.length / statistics.median(counted or [math.nan])
+    return config.batch * config.length / statistics.median(counted) if counted else None
 
 
 def exchanging(grafted: Graft, config: StageConfig, processes: Processes, split: Split) -> float | None:
@@ -224,7 +226,7 @@ def work(options: argparse.Namespace) -> None:
         share = exchanging(grafted, stage_config(options, stage, rows, PROFILED), processes, split)
         per_second = speed(config, seconds, processes.count, split)
         found = Measured(stage, split, scaling, processes.count, rows, per_second, memory, share, losses, seconds)
-        say(f"{stage} by {split}, {scaling}: {per_second:,.0f} tokens/s")
+        say(f"{stage} by {split}, {scaling}: {per_second or math.nan:,.0f} tokens/s")
         if processes.main:
             print(json.dumps(asdict(found)), flush=True)
 
@@ -254,16 +256,29 @@ def measured_before(out: Path | None, series: dict[str, Any]) -> list[Measured]:
     """What the file holds of the same series; none where there is no file.
 
     Raises:
-        SystemExit: it holds another series.
+        SystemExit: it holds another series, or something else.
     """
     if out is None or not out.is_file():
         return []
-    content = json.loads(out.read_text(encoding="utf-8"))
-    rows = content.pop("measured")
+    try:
+        content = json.loads(out.read_text(encoding="utf-8"))
+        rows = [Measured(**{name: row[name] for name in Measured.__dataclass_fields__}) for row in content["measured"]]
+    except (ValueError, KeyError, TypeError):
+        raise SystemExit(f"{out} holds no measurements of this script: give another file") from None
+    del content["measured"]
     if content != json.loads(json.dumps(series)):
-        raise SystemExit(f"{out} holds measurements with other settings, versions or devices: give another file")
-    fields = Measured.__dataclass_fields__
-    return [Measured(**{name: row[name] for name in fields}) for row in rows]
+        raise SystemExit(f"{out} holds measurements of other settings, versions, code or devices: give another file")
+    return rows
+
+
+def sources() -> str:
+    """A digest of the code that is measured: what was changed in between does not belong into one series."""
+    digest = hashlib.sha256()
+    root = Path(__file__).parents[1]
+    for folder in (root / "linearize", root / "kernels", root / "recipes"):
+        for path in sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".yaml")):
+            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
 
 
 def compare(found: list[Measured]) -> list[dict[str, Any]]:
@@ -273,7 +288,7 @@ def compare(found: list[Measured]) -> list[dict[str, Any]]:
     for one in found:
         base = alone.get((one.stage, one.scaling))
         row = asdict(one) | {"efficiency": None, "loss_difference": None}
-        if base is not None:
+        if base is not None and one.tokens_per_second and base.tokens_per_second:
             row["efficiency"] = one.tokens_per_second / (one.processes * base.tokens_per_second)
         if base is not None and base.rows == one.rows:
             pairs = zip(one.losses, base.losses, strict=True)
@@ -294,7 +309,7 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
             row["scaling"],
             str(row["processes"]),
             str(row["rows"]),
-            f"{row['tokens_per_second']:,.0f}",
+            "" if row["tokens_per_second"] is None else f"{row['tokens_per_second']:,.0f}",
             "" if efficiency is None else f"{efficiency:.0%}",
             f"{max(row['memory_bytes']) / 1e9:.2f} GB",
             "" if row["exchanging"] is None else f"{row['exchanging']:.0%}",
@@ -330,7 +345,7 @@ def main() -> None:
     cuda = options.device != "cpu" and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU with {os.cpu_count()} cores"
     settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out", "processes")}
-    series = {"device": device, "settings": settings, "versions": versions()}
+    series = {"device": device, "settings": settings, "versions": versions(), "sources": sources()}
     found = measured_before(options.out, series)
     for count in map(int, options.processes.split(",")):
         before = [one for one in found if one.processes == count]
@@ -340,8 +355,7 @@ def main() -> None:
         for one in launch(count):
             found.append(one)
             if options.out is not None:  # after each: a later one may fail
-                content = series | {"measured": compare(found)}
-                options.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                write_json(options.out, series | {"measured": compare(found)})
     title = f"{options.shape}, T={options.length}, {options.recipe}, {device}"
     Console(width=140).print(table(compare(found), title))
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from linearize import packed
 from linearize.adapters import LoraSettings
 from linearize.graphs import Launched, Replayed, obstacle
 from linearize.metrics import MetricsLog, Progress, read_metrics
@@ -110,9 +111,15 @@ def test_replayed_equals_launched(
 @pytest.mark.parametrize("recipe", [pytest.param(name, marks=gpu) for name in ("hedgehog", "lawcat", "lizard")])
 @pytest.mark.parametrize("kind", ["transfer", "distil"])
 def test_softmax_that_is_told_documents_learns_what_a_masked_one_does(
-    tmp_path: Path, new_graft: Callable[..., Graft], recipe: str, kind: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path,
+    new_graft: Callable[..., Graft],
+    recipe: str,
+    kind: str,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Launched and replayed alike to the tolerance of this file; against masks, other kernels round bf16 otherwise."""
+    monkeypatch.setattr(packed, "SHORTEST", 0)
     caplog.set_level("INFO", "linearize.graphs")
     config = TransferConfig(**BUDGET) if kind == "transfer" else DistilConfig(**BUDGET, kl=0.5, ce=0.5, lora=LORA)
     keep = (1,) if kind == "distil" else ()  # a softmax layer that gradients pass through

@@ -53,6 +53,7 @@ class Model(nn.Module):
         """Depends on every tensor of the batch, and on the random state."""
         segments_BT = 5 if batch.segments_BT is None else batch.segments_BT
         place_BT = batch.position_ids_BT + 2 * segments_BT + (0 if batch.teacher is None else batch.teacher.lse)
+        place_BT = place_BT + (0 if batch.starts_S is None else batch.starts_S.sum())
         x = self.table[batch.input_ids_BT] @ self.weight * torch.rand(()) + place_BT[..., None]
         loss = (x.square().mean(-1) * batch.target_mask_BT).mean()
         (loss / 2).backward()
@@ -171,11 +172,18 @@ def spoil(model: Model, number: int) -> None:
         model.weight.grad.fill_(float("nan"))
 
 
+def told(number: int, documents: int) -> Batch:
+    """A batch that says where its documents start; rows of one document have no numbers then."""
+    starts_S = torch.arange(2 * documents + 1, dtype=torch.int32) * (6 // documents) + number % 2
+    return replace(batch(number, numbered=documents > 1), starts_S=starts_S)
+
+
 CASES: dict[str, Callable[[], list[list[Batch]]]] = {
     "accumulated": lambda: [[batch(3 * step + part) for part in range(3)] for step in range(5)],
     "single": lambda: [[batch(step)] for step in range(6)],
     "lengths": lambda: [[batch(2 * step + part, 6 if step < 3 else 9) for part in range(2)] for step in range(7)],
     "mixed": lambda: [[batch(step, 6 + 3 * (step % 2)), batch(9 + step, 6 + 3 * (step % 2))] for step in range(7)],
+    "told": lambda: [[told(2 * step + part, 1 + part) for part in range(2)] for step in range(6)],
     "cached": lambda: [[batch(2 * step + part, cached=True) for part in range(2)] for step in range(4)],
 }
 
@@ -188,7 +196,7 @@ def test_replays_add_the_gradients_of_launches(model: Model, case: str, between:
     expected = train(alone, Launched(alone.work, CPU), CASES[case](), between)
     found = train(model, replayed(model), CASES[case](), between)
     assert repr(found) == repr(expected)  # NaN is NaN
-    assert FakeGraph.recorded == (2 if case in ("lengths", "mixed") else 1)
+    assert FakeGraph.recorded == (2 if case in ("lengths", "mixed", "told") else 1)
     assert FakeGraph.replays == sum(map(len, CASES[case]())) - graphs.RUNS_BEFORE * FakeGraph.recorded
 
 

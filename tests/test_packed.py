@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_families import tiny_teacher
 from torch import Tensor
@@ -25,6 +25,7 @@ from linearize.stages.base import BY_DOCUMENT, run_trunk, softmax_mask
 from linearize.stages.distil import DistilConfig
 from linearize.stages.transfer import TransferConfig
 from linearize.surgery import graft, plan_surgery, sliding_layers
+from linearize_kernels import backend
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 TOLD = sorted(name for name in FAMILIES if FAMILIES[name].hands_on and FAMILIES[name].soft_cap is None)
@@ -52,10 +53,17 @@ def by_document(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
     monkeypatch.setattr(packed, "_mask", seeing)
     monkeypatch.setattr(packed, "_able", lambda *_: True)
+    monkeypatch.setattr(packed, "SHORTEST", 0)
     return seen
 
 
-@settings(deadline=None)
+@pytest.fixture
+def of_any_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "SHORTEST", 0)
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.usefixtures("of_any_length")
 @given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=12), min_size=1, max_size=4))
 def test_starts_are_those_of_the_documents(lengths: list[list[int]]) -> None:
     longest = max(map(sum, lengths))
@@ -70,11 +78,18 @@ def test_starts_are_those_of_the_documents(lengths: list[list[int]]) -> None:
     assert len(every) <= documents < 2 * len(every)
 
 
+@pytest.mark.usefixtures("of_any_length")
 def test_rows_of_one_document_start_at_the_rows() -> None:
     batch = as_batch([[7], [7], [7]])
     starts_S = with_starts(Batch(batch.input_ids_BT, batch.position_ids_BT, None, batch.target_mask_BT)).starts_S
     assert starts_S is not None
     assert starts_S.tolist() == [0, 7, 14, 21, 21]
+
+
+def test_short_documents_keep_their_mask() -> None:
+    assert with_starts(as_batch([[2] * 128])).starts_S is None
+    assert with_starts(as_batch([[128] * 3 + [1] * 128])).starts_S is None
+    assert with_starts(as_batch([[128] * 4])).starts_S is not None
 
 
 @pytest.mark.parametrize("family", TOLD)
@@ -143,15 +158,39 @@ def test_outside_and_without_documents_it_is_sdpa(
     assert by_document == []
 
 
+def test_a_slip_does_not_look_ahead(make_teacher: Callable[..., PreTrainedModel], by_document: list[Tensor]) -> None:
+    """The mask that stands for the starts masks nothing: who is told nothing else must not follow it."""
+    batch, model = with_starts(as_batch([[10, 1, 13], [24]])), make_teacher()
+    graft(model, plan_surgery(model, HedgehogConfig(), (1,)))
+    with pytest.raises(AssertionError, match="softmax_by_document"):
+        softmax_mask(model, batch)
+    keeps = tiny_teacher("stablelm")
+    grafted = graft(keeps, plan_surgery(keeps, HedgehogConfig(), (1,)))
+    with (
+        softmax_by_document(grafted, "no"),
+        pytest.raises(AssertionError, match="StableLmAttention was not handed where documents start"),
+    ):
+        run_trunk(keeps, batch, softmax_mask(keeps, batch))
+
+
+def test_a_block_mask_is_refused_as_ever(make_teacher: Callable[..., PreTrainedModel]) -> None:
+    """`cu_seq_lens_q` is what collators of packed rows call it too."""
+    batch, model = as_batch([[10, 1, 13], [24]]), make_teacher()
+    mask_B1TT = softmax_mask(model, batch)
+    graft(model, plan_surgery(model, HedgehogConfig()))
+    with pytest.raises(ValueError, match="4 dimensions"):
+        model(batch.input_ids_BT, attention_mask=mask_B1TT, cu_seq_lens_q=torch.tensor([0, 10, 11, 24, 48]))
+
+
 def test_where_it_cannot_be(make_teacher: Callable[..., PreTrainedModel], monkeypatch: pytest.MonkeyPatch) -> None:
     def able(model: PreTrainedModel, precision: Any = "bf16") -> bool:
-        monkeypatch.setattr(type(model), "device", torch.device("cuda"))
-        with softmax_by_document(graft(model, plan_surgery(model, HedgehogConfig(), (1,))), precision) as yes:
+        with (
+            backend.standing_for("cuda"),
+            softmax_by_document(graft(model, plan_surgery(model, HedgehogConfig(), (1,))), precision) as yes,
+        ):
             assert (model.config._attn_implementation == BY_DOCUMENT) == yes
         return yes
 
-    capability = [(9, 0)]
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability[0])
     assert able(make_teacher())
     assert not able(make_teacher(), "no")  # fp32
     assert not able(make_teacher(head_dim=512))
@@ -161,14 +200,16 @@ def test_where_it_cannot_be(make_teacher: Callable[..., PreTrainedModel], monkey
     assert not able(eager)
     assert not able(tiny_teacher("qwen3"))  # slides
     assert not able(tiny_teacher("stablelm"))  # its layers keep to themselves what they do not know
-    capability[0] = (7, 5)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
     assert not able(make_teacher())
 
 
 @pytest.mark.parametrize("groups", [pytest.param(groups, marks=gpu) for groups in (1, 3)])
 @pytest.mark.parametrize("autocast", [False, True])
-def test_the_kernel_follows_documents(groups: int, autocast: bool) -> None:
+def test_the_kernel_follows_documents(groups: int, autocast: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients against softmax with a mask, in fp64."""
+    monkeypatch.setattr(packed, "SHORTEST", 0)
     batch = with_starts(as_batch([[100, 1, 155], [256], [7] * 36 + [4]])).to("cuda")
     generator = torch.Generator("cuda").manual_seed(0)
     dtype = torch.float32 if autocast else torch.bfloat16

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,8 +15,9 @@ from rich.console import Console
 from tiny_families import SPECIAL, VOCABULARY, tiny_teacher
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize import graphs
+from linearize import graphs, packed
 from linearize.graphs import obstacle
+from linearize.packed import softmax_by_document, with_starts
 from linearize.pipeline import _recordable
 from linearize.recipe import load_recipe
 from linearize.stages import Batch, StageConfig, build_stage
@@ -37,21 +41,26 @@ class HostReads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def host_reads(stage_config: StageConfig, recipe: str, family: str, **sizes: Any) -> tuple[str, set[str]]:
+def host_reads(
+    stage_config: StageConfig, recipe: str, family: str, make: Callable[[Batch], Batch] | None = None, **sizes: Any
+) -> tuple[str, set[str]]:
     """The obstacle to recording such a stage's micro-batches, and what in the third one could not be recorded."""
     teacher = tiny_teacher(family, **sizes)
-    grafted = graft(teacher, plan_surgery(teacher, load_recipe(recipe).mixer))
+    grafted = graft(teacher, plan_surgery(teacher, load_recipe(recipe).mixer, (1,) if make else "none"))
     stage = build_stage(stage_config, grafted)
     for parameter in stage.trainable().values():
         parameter.requires_grad_(True)
     place_BT = torch.arange(24).expand(2, -1)
     ids_BT = torch.randint(VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
     made = Batch(ids_BT, place_BT % 12, place_BT // 12, place_BT % 12 < 11)
-    for _ in range(graphs.RUNS_BEFORE):
-        stage.train_micro_batch(made, lambda loss: loss.backward())
-    with HostReads() as mode:
-        stage.train_micro_batch(made, lambda loss: loss.backward())
-    return obstacle(stage_config, grafted), mode.found
+    why = obstacle(stage_config, grafted)
+    with softmax_by_document(grafted, "no") if make else nullcontext():
+        made = make(made) if make else made
+        for _ in range(graphs.RUNS_BEFORE):
+            stage.train_micro_batch(made, lambda loss: loss.backward())
+        with HostReads() as mode:
+            stage.train_micro_batch(made, lambda loss: loss.backward())
+    return why, mode.found
 
 
 NOT_RECORDED = {"mixtral", "qwen3_moe", "qwen2", "qwen3", "gemma2", "gemma3_text"}
@@ -78,6 +87,22 @@ def test_what_is_recorded_asks_nothing_of_the_host(stage: str, family: str) -> N
 @pytest.mark.parametrize("stage", ["hidden", "top_k"])
 def test_mixers_ask_nothing_of_the_host(stage: str, recipe: str) -> None:
     assert host_reads(STAGES[stage], recipe, "llama") == ("", set())
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["packed", "a document a row"])
+@pytest.mark.parametrize("stage", ["transfer", "distil"])
+@pytest.mark.parametrize("recipe", ["hedgehog", "lawcat", "lizard", "gdn", "mamba2-mimic"])
+def test_nor_does_softmax_that_is_told_documents(
+    recipe: str, stage: str, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a softmax layer that the student keeps; where the kernel would be, a mask is made without the host too."""
+    monkeypatch.setattr(packed, "_able", lambda *_: True)
+    monkeypatch.setattr(packed, "SHORTEST", 0)
+
+    def make(batch: Batch) -> Batch:
+        return with_starts(replace(batch, segments_BT=None) if alone else batch)
+
+    assert host_reads(STAGES[stage], recipe, "llama", make) == ("", set())
 
 
 def test_rows_that_are_formed_again_ask_nothing_of_the_host() -> None:

@@ -184,6 +184,7 @@ QUIET = Console(quiet=True)
 @pytest.mark.parametrize("by_document", [False, True])
 def test_a_run_on_cached_targets_is_the_run_that_asks_the_teacher(job, tmp_path, monkeypatch, by_document):
     monkeypatch.setattr(packed, "_able", lambda *_: by_document)  # as on a GPU
+    monkeypatch.setattr(packed, "SHORTEST", 0)
     asks = replace(job, overrides=(*SHORT, "stages.1.top_k=9"), out=tmp_path / "asks")
     convert(asks, QUIET)
     reads = replace(asks, out=tmp_path / "reads", targets=tmp_path / "targets")

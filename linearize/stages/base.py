@@ -28,7 +28,7 @@ Backward = Callable[[Tensor], None]
 BY_DOCUMENT = "linearize_by_document"
 """transformers' name of the attention of packed.py."""
 
-MASKED = ("sdpa", BY_DOCUMENT)
+TAKE_MASKS = ("sdpa", BY_DOCUMENT)
 """Implementations of attention that take boolean masks."""
 
 
@@ -264,9 +264,10 @@ def softmax_mask(model: PreTrainedModel, batch: Batch) -> Tensor | None:
     Where layers attend by the documents' starts, a mask of no memory, which none of them reads, stands for it.
     """
     if batch.starts_S is not None:
+        assert model.config._attn_implementation == BY_DOCUMENT, "starts are for `softmax_by_document`"
         rows, length = batch.input_ids_BT.shape
         return torch.ones((), dtype=torch.bool, device=batch.input_ids_BT.device).expand(rows, 1, length, length)
-    if batch.segments_BT is None or model.config._attn_implementation not in MASKED or sliding_layers(model):
+    if batch.segments_BT is None or model.config._attn_implementation not in TAKE_MASKS or sliding_layers(model):
         return None
     segments_BT, length = batch.segments_BT, batch.segments_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril_()
