@@ -33,7 +33,7 @@ from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
-from linearize.text import choose_heldout, read_text, say_overlap
+from linearize.text import Heldout, choose_heldout, read_text, say_overlap
 from linearize.trackers import track_run
 from linearize.train import Batches, FitSettings, Run, fit
 
@@ -81,17 +81,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         evaluate = evaluation(grafted, heldout, partial(console.print, highlight=False, markup=False))
         training = _Training(job, recipe, shared, split, folder, machine, corpus, targets, console)
         stages = _train(grafted, training, evaluate)
-
-        def export() -> None:
-            student = _whole_student(job, recipe, teacher, folder) if split == "fsdp" else grafted
-            student.leave_device()
-            export_student(student, teacher.tokenizer, recipe, folder.student)
-
-        def measure_exported() -> Measured:
-            return measure(_load_exported(grafted, split, machine, folder), teacher.tokenizer, heldout)
-
-        processes.on_main(export)
-        after = measure_exported() if together else processes.on_main(measure_exported)
+        after = _export(grafted, teacher, heldout, training)
 
         def finish() -> Converted:
             result = Converted(folder.student, heldout.length, Measured(**before), untrained, stages, after)
@@ -268,6 +258,30 @@ def _build_stage(recipe: Recipe, index: int, grafted: Graft) -> Stage:
     return build_stage(recipe.stages[index], grafted)
 
 
+def _export(grafted: Graft, teacher: Teacher, heldout: Heldout, training: _Training) -> Measured:
+    """Write the student, load what was written, and measure that.
+
+    A sharded student is put together in host memory to be written. What was written is then sharded in its place, and
+    measured by all processes.
+    """
+    folder, recipe, device = training.folder, training.recipe, training.machine.device
+    sharded = training.split == "fsdp"
+
+    def write() -> None:
+        student = _whole_student(training.job, recipe, teacher, folder) if sharded else grafted
+        student.leave_device()
+        export_student(student, teacher.tokenizer, recipe, folder.student)
+
+    def measure_written() -> Measured:
+        return measure(load_student(folder.student, device=str(device)), teacher.tokenizer, heldout)
+
+    folder.processes.on_main(write)
+    if not sharded:
+        return folder.processes.on_main(measure_written)
+    free_weights(grafted.model)
+    return measure(load_sharded_student(folder.student, device, folder.processes), teacher.tokenizer, heldout)
+
+
 def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: RunFolder) -> Graft:
     """The trained student with all of its weights in host memory, where they were sharded over devices.
 
@@ -281,14 +295,6 @@ def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: Ru
     assert checkpoint is not None
     restore_student(checkpoint, student_parameters(grafted, stages))
     return grafted
-
-
-def _load_exported(grafted: Graft, split: Split, machine: Machine, folder: RunFolder) -> PreTrainedModel:
-    """What was written, loaded again; sharded anew in the place of the student that was trained, where that one was."""
-    if split != "fsdp":
-        return load_student(folder.student, device=str(machine.device))
-    free_weights(grafted.model)
-    return load_sharded_student(folder.student, machine.device, folder.processes)
 
 
 def _batches(corpus: Corpus, recipe: Recipe, index: int) -> Batches:
