@@ -82,7 +82,7 @@ def shard_layers(model: PreTrainedModel, device: torch.device, processes: Proces
 
 
 def without_weights(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose parameters are frozen and on the meta device, tied where the model's are; its buffers are the same."""
+    """A copy whose parameters are frozen, on the meta device, and tied where the model's are; buffers hold the same."""
     bare = {id(held): nn.Parameter(held.detach().to("meta"), requires_grad=False) for held in model.parameters()}
     return copy.deepcopy(model, bare)
 

@@ -77,7 +77,7 @@ def teacher_digest(model: PreTrainedModel) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of shards all must ask
-        found.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        found.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

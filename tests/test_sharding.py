@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -14,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from test_processes import together
+from test_processes import QUIET, SETTINGS, assert_same, together
 from test_teacher import write_gguf
 from tiny_families import tiny_teacher
 from torch import Tensor, nn
@@ -29,11 +30,13 @@ from linearize.errors import MainFailed, TeacherError
 from linearize.evals.samples import Sampling, generate_texts
 from linearize.export import export_student, load_student
 from linearize.families import FAMILIES
+from linearize.job import Conversion
+from linearize.pipeline import convert
 from linearize.recipe import load_recipe
 from linearize.sharding import free_weights, load_sharded_student, load_sharded_teacher, without_weights
 from linearize.surgery import decoder_layers, graft, plan_surgery
 from linearize.target_cache import teacher_digest
-from linearize.teacher import load_teacher
+from linearize.teacher import load_teacher, load_tokenizer
 
 CPU = torch.device("cpu")
 SMALL = 2**16
@@ -186,6 +189,23 @@ def test_processes_share_a_student_that_was_written(folder_of, tmp_path):
         assert texts[0] == texts[1]
 
     assert together(2, run) == [0, 0]
+
+
+def test_a_whole_run_of_another_family_in_which_one_process_reads(teacher_folder, text_file, tmp_path):
+    """GPT-2: a tied head, a table of positions, weights that lie transposed."""
+    folder = tmp_path / "gpt2"
+    load_tokenizer(str(teacher_folder)).save_pretrained(folder)
+    tiny_teacher("gpt2", vocab_size=257).save_pretrained(folder)
+    job = Conversion(str(folder), data=str(text_file), overrides=SETTINGS, device="cpu", out=tmp_path / "alone")
+    convert(job, QUIET)
+
+    def run(rank: int) -> None:
+        if rank == 1:
+            AutoModelForCausalLM.from_pretrained = None  # type: ignore[method-assign, assignment]  # in this fork
+        convert(replace(job, out=tmp_path / "many", split="fsdp"), QUIET)
+
+    assert together(2, run) == [0, 0]
+    assert_same(tmp_path / "alone", tmp_path / "many")
 
 
 def test_a_teacher_that_cannot_be_read_is_told_to_all(folder_of):
