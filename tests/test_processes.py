@@ -76,6 +76,7 @@ def together(count: int, action: Callable[[int], None]) -> list[int]:
                     {name: str(value) for name, value in (where | {"RANK": rank, "LOCAL_RANK": rank}).items()}
                 )
                 AcceleratorState._reset_state(reset_partial_state=True)  # of tests that ran in this process before
+                torch.set_num_threads(1)  # a fork's thread pool is broken; threads that load weights race to renew it
                 action(rank)
                 code = 0
             except (RunInterrupted, MainFailed):
