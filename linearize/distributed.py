@@ -21,14 +21,10 @@ import torch.distributed as dist
 from accelerate import PartialState
 from rich.console import Console
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule
 
-from linearize.adapters import lora_parameters
 from linearize.errors import MainFailed, RunError
-from linearize.quantized import is_quantized
 from linearize.stages.base import StageConfig
-from linearize.surgery import Graft, trunk_of
 
 T = TypeVar("T")
 Split = Literal["data", "layers", "fsdp"]
@@ -251,27 +247,9 @@ def send_from(rank: int, tensors: Sequence[Tensor]) -> None:
         dist.broadcast(tensor.data, src=rank)
 
 
-def shard_base(graft: Graft, device: torch.device, processes: Processes) -> None:
-    """Shard the frozen weights of every decoder layer (FSDP2); mixers, embeddings, last norm and head stay whole.
-
-    A layer's weights are gathered while it computes. Adapters stay whole too, also those that come later: what trains
-    is small, and its gradients are exchanged like everywhere else.
-
-    Raises:
-        RunError: the weights are quantised, in formats that FSDP2 cannot cut.
-    """
-    if is_quantized(graft.model):
-        raise RunError(
-            "quantised weights cannot be sharded",
-            place="--split fsdp",
-            remedy="Use `--split data`, or leave --quantize out.",
-        )
-    trunk = trunk_of(graft.model)
-    mesh = init_device_mesh(device.type, (processes.count,))
-    small = {*graft.mixer_parameters().values(), *lora_parameters(graft.model).values()}
-    for layer in graft.decoder_layers:
-        fully_shard(layer, mesh=mesh, ignored_params=small)
-    fully_shard(trunk, mesh=mesh, ignored_params=set(trunk.parameters()))
+def is_sharded(model: nn.Module) -> bool:
+    """Whether processes must run this model together, each gathering what the others hold."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 @contextmanager

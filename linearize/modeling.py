@@ -6,6 +6,7 @@ Registered with the Auto* classes when linearize is imported, so that
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -94,19 +95,20 @@ def _prepare_for_offloading(mixer: nn.Module) -> None:
     is called; mixers read those of their parts directly, so they have to be brought with the mixer's own call.
     """
     parts = tuple(mixer.modules())
+    mixer.register_forward_pre_hook(partial(_fetch_parts, parts))  # partial: a model is copied and sent with its hooks
+    mixer.register_forward_hook(partial(_leave_parts, parts))
 
-    def fetch(_mixer: nn.Module, _heads: Any) -> None:
-        for part in parts:
-            if "_hf_hook" in vars(part) and any(parameter.is_meta for parameter in part.parameters(recurse=False)):
-                part._hf_hook.pre_forward(part)  # type: ignore[operator, union-attr]
 
-    def leave(_mixer: nn.Module, _heads: Any, _mixed: Any) -> None:
-        for part in parts:
-            if "_hf_hook" in vars(part):
-                part._hf_hook.post_forward(part, None)  # type: ignore[operator, union-attr]
+def _fetch_parts(parts: tuple[nn.Module, ...], _mixer: nn.Module, _heads: Any) -> None:
+    for part in parts:
+        if "_hf_hook" in vars(part) and any(parameter.is_meta for parameter in part.parameters(recurse=False)):
+            part._hf_hook.pre_forward(part)  # type: ignore[operator, union-attr]
 
-    mixer.register_forward_pre_hook(fetch)
-    mixer.register_forward_hook(leave)
+
+def _leave_parts(parts: tuple[nn.Module, ...], _mixer: nn.Module, _heads: Any, _mixed: Any) -> None:
+    for part in parts:
+        if "_hf_hook" in vars(part):
+            part._hf_hook.post_forward(part, None)  # type: ignore[operator, union-attr]
 
 
 def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[PreTrainedModel]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from linearize.caching import Targets, check_targets, targets_of
 from linearize.checkpoint import load_latest, restore_student
 from linearize.data import Corpus, scheduled_rows
-from linearize.distributed import Split, check_agreement, choose_split, shard_base, share_rows, sharing, start_processes
+from linearize.distributed import Split, check_agreement, choose_split, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
 from linearize.graphs import obstacle
 from linearize.job import Conversion, check_budgets, check_job, check_text
@@ -27,12 +27,13 @@ from linearize.provenance import asked, document, facts_of
 from linearize.randomness import seed_all
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, share_run_folder
+from linearize.sharding import free_weights, load_sharded_student, load_sharded_teacher
 from linearize.stages import Stage, build_stage, check_sizes, check_stages, student_parameters
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
-from linearize.text import choose_heldout, read_text, say_overlap
+from linearize.text import Heldout, choose_heldout, read_text, say_overlap
 from linearize.trackers import track_run
 from linearize.train import Batches, FitSettings, Run, fit
 
@@ -57,7 +58,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         folder.check_same(asked(job, recipe))
         machine = _choose_machine(job, recipe, folder, console)
-        teacher = _load_teacher(job, machine, console)
+        teacher = _load_teacher(job, machine, split, folder, console)
         plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
         check_stages(recipe.stages, plan)
         check_sizes(recipe.stages, teacher.model)
@@ -71,21 +72,19 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         facts["overlap"] = say_overlap(corpus, heldout, teacher.tokenizer, console)
         folder.begin(facts)
         streamed = stream_layers(teacher.model, machine.device) if job.stream_layers else None
-        before = Measured(**folder.once("teacher", lambda: asdict(measure(teacher.model, teacher.tokenizer, heldout))))
+        together = split == "fsdp"
+        before = folder.once("teacher", lambda: asdict(measure(teacher.model, teacher.tokenizer, heldout)), together)
         grafted = replace(_graft(teacher.model, plan, recipe, job.compile), stream=streamed)
         second = "" if grafted.teacher is None else " Base weights will train: the teacher is a second copy."
         console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.{second}", highlight=False)
-        untrained = folder.once("untrained", partial(measure_in_training, grafted, heldout))
+        untrained = folder.once("untrained", partial(measure_in_training, grafted, heldout), together)
         evaluate = evaluation(grafted, heldout, partial(console.print, highlight=False, markup=False))
         training = _Training(job, recipe, shared, split, folder, machine, corpus, targets, console)
         stages = _train(grafted, training, evaluate)
+        after = _export(grafted, teacher, heldout, training)
 
         def finish() -> Converted:
-            student = _whole_student(job, recipe, teacher, folder) if split == "fsdp" else grafted
-            student.leave_device()
-            export_student(student, teacher.tokenizer, recipe, folder.student)
-            after = measure(load_student(folder.student, device=str(machine.device)), teacher.tokenizer, heldout)
-            result = Converted(folder.student, heldout.length, before, untrained, stages, after)
+            result = Converted(folder.student, heldout.length, Measured(**before), untrained, stages, after)
             console.print(f"Report: {document(recipe, facts, result)}", highlight=False, soft_wrap=True)
             return result
 
@@ -128,10 +127,13 @@ def _choose_machine(job: Conversion, recipe: Recipe, folder: RunFolder, console:
     return replace(machine, precision=precision, why=why)
 
 
-def _load_teacher(job: Conversion, machine: Machine, console: Console) -> Teacher:
+def _load_teacher(job: Conversion, machine: Machine, split: Split, folder: RunFolder, console: Console) -> Teacher:
     """The teacher, where it computes; in host memory where its layers will be streamed."""
-    device = torch.device("cpu") if job.stream_layers else machine.device
-    teacher = load_teacher(job.model, dtype=machine.dtype, device=device, quantize=job.quantize)
+    if split == "fsdp":
+        teacher = load_sharded_teacher(job.model, machine.dtype, machine.device, folder.processes)
+    else:
+        device = torch.device("cpu") if job.stream_layers else machine.device
+        teacher = load_teacher(job.model, dtype=machine.dtype, device=device, quantize=job.quantize)
     console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
     return teacher
 
@@ -178,8 +180,6 @@ class _Training:
 def _train(grafted: Graft, training: _Training, evaluate: Callable[[], dict[str, float]]) -> list[dict[str, Any]]:
     """Run every stage, or what is left of them; what each came to."""
     folder, recipe = training.folder, training.shared
-    if training.split == "fsdp":
-        shard_base(grafted, training.machine.device, folder.processes)
     checkpoint = folder.processes.on_main(lambda: load_latest(folder.run))
     first = 0 if checkpoint is None else checkpoint.state.stage_index
     built: list[Stage] = []
@@ -258,14 +258,38 @@ def _build_stage(recipe: Recipe, index: int, grafted: Graft) -> Stage:
     return build_stage(recipe.stages[index], grafted)
 
 
+def _export(grafted: Graft, teacher: Teacher, heldout: Heldout, training: _Training) -> Measured:
+    """Write the student, load what was written, and measure that.
+
+    A sharded student is put together in host memory to be written. What was written is then sharded in its place, and
+    measured by all processes.
+    """
+    folder, recipe, device = training.folder, training.recipe, training.machine.device
+    sharded = training.split == "fsdp"
+
+    def write() -> None:
+        student = _whole_student(training.job, recipe, teacher, folder) if sharded else grafted
+        student.leave_device()
+        export_student(student, teacher.tokenizer, recipe, folder.student)
+
+    def measure_written() -> Measured:
+        return measure(load_student(folder.student, device=str(device)), teacher.tokenizer, heldout)
+
+    folder.processes.on_main(write)
+    if not sharded:
+        return folder.processes.on_main(measure_written)
+    free_weights(grafted.model)
+    return measure(load_sharded_student(folder.student, device, folder.processes), teacher.tokenizer, heldout)
+
+
 def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: RunFolder) -> Graft:
-    """The trained student with all of its weights here, where they were sharded.
+    """The trained student with all of its weights in host memory, where they were sharded over devices.
 
     Base weights stayed frozen: they are the teacher's, and all else is in the last checkpoint.
     """
-    again = load_teacher(job.model, dtype=teacher.model.dtype, device=teacher.model.device)
+    again = load_teacher(job.model, dtype=teacher.model.dtype)
     plan = plan_surgery(again.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
-    grafted = _graft(again.model, plan, recipe, job.compile)
+    grafted = _graft(again.model, plan, recipe, compiled=False)
     stages = [_build_stage(recipe, index, grafted) for index in range(len(recipe.stages))]
     checkpoint = load_latest(folder.run)
     assert checkpoint is not None

@@ -85,12 +85,15 @@ class RunFolder:
         known = self.results()
         self.processes.on_main(lambda: write_json(self.results_file, {**known, name: value}))
 
-    def once(self, name: str, measure: Callable[[], Any]) -> Any:
-        """The result of that name; measured now, by the main process, if no earlier part of the run did."""
+    def once(self, name: str, measure: Callable[[], Any], together: bool = False) -> Any:
+        """The result of that name; measured now, by the main process, if no earlier part of the run did.
+
+        A model that is sharded is measured by all processes `together`; what the main one finds counts.
+        """
         known = self.results()
         if name in known:
             return known[name]
-        self.record(name, self.processes.on_main(measure))
+        self.record(name, measure() if together else self.processes.on_main(measure))
         return self.results()[name]
 
 

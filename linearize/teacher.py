@@ -62,6 +62,7 @@ def load_teacher(
     device: str | torch.device = "cpu",
     attention: str | None = None,
     quantize: str | None = None,
+    in_host_memory: bool = False,
 ) -> Teacher:
     """Find, check, load and freeze a teacher.
 
@@ -72,6 +73,7 @@ def load_teacher(
         device: where the model goes.
         attention: an attention implementation of transformers; None picks flash_attention_2 where it can run.
         quantize: `4bit` or `8bit`: the linear layers' weights, as they are loaded; a GGUF file is unpacked instead.
+        in_host_memory: leave a model that is not quantised there, for who brings it to the device in parts.
 
     Raises:
         TeacherError: the teacher cannot be found, fetched or read, or is no plain causal language model.
@@ -93,10 +95,10 @@ def load_teacher(
     # The GGUF reader leaves the name that somebody once typed into the file's header as a stray config entry.
     vars(loaded.config).pop("_model_name_or_path", None)
     frozen = loaded.requires_grad_(False).eval()
-    if packed is None:
-        frozen.to(device)
-    else:
+    if packed is not None:
         mend_four_bits_on_cpu(loaded)
+    elif not in_host_memory:
+        frozen.to(device)
     log.info("teacher: %s; attention: %s (%s)", checkpoint.origin, implementation, why)
     return Teacher(
         model=loaded,

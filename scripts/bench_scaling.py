@@ -44,7 +44,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from linearize.distributed import Processes, Split, shard_base, start_processes
+from linearize.distributed import Processes, Split, start_processes
 from linearize.graphs import RUNS_BEFORE, obstacle
 from linearize.machine import versions
 from linearize.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
@@ -52,6 +52,7 @@ from linearize.packed import softmax_by_document
 from linearize.recipe import load_recipe
 from linearize.run_folder import write_json
 from linearize.runs import FitSettings, Run
+from linearize.sharding import shard_layers
 from linearize.stages import Batch, StageConfig, build_stage, student_parameters
 from linearize.surgery import Graft, graft, plan_surgery
 from linearize.train import fit
@@ -217,7 +218,7 @@ def work(options: argparse.Namespace) -> None:
     say("model built")
     for stage, split, scaling in asked(options, processes.count):
         if split == "fsdp" and not sharded:
-            shard_base(grafted, device, processes)
+            shard_layers(grafted.model, device, processes)
             sharded = True
         rows = options.rows if scaling == "strong" else options.rows_each * processes.count
         config = stage_config(options, stage, rows, options.steps)

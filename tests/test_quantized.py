@@ -16,13 +16,14 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from linearize import quantized
 from linearize.adapters import LoraSettings, add_lora, lora_off, lora_parameters, merge_lora
-from linearize.distributed import ALONE, shard_base
+from linearize.distributed import ALONE
 from linearize.errors import RecipeError, RunError, TeacherError
 from linearize.export import load_student
 from linearize.job import Conversion
 from linearize.mixers.hedgehog import HedgehogConfig
 from linearize.pipeline import convert
 from linearize.quantized import dequantize, is_quantized
+from linearize.sharding import shard_layers
 from linearize.surgery import graft, plan_surgery
 from linearize.target_cache import teacher_digest
 from linearize.teacher import load_teacher
@@ -56,10 +57,9 @@ def test_what_is_missing_or_unknown_is_said(folder, monkeypatch):
 def test_quantised_layers_are_not_sharded(make_teacher):
     """FSDP2 cuts plain weights only; and the whole student would be put together from a teacher that is not rounded."""
     model = make_teacher()
-    grafted = graft(model, plan_surgery(model, HedgehogConfig()))
     model.config.quantization_config = quantized.QUANTIZATIONS["8bit"](torch.float32)
     with pytest.raises(RunError, match=r"--split fsdp: quantised weights cannot be sharded"):
-        shard_base(grafted, torch.device("cpu"), ALONE)
+        shard_layers(model, torch.device("cpu"), ALONE)
 
 
 def test_a_gguf_file_is_unpacked_not_quantised(tmp_path, monkeypatch):

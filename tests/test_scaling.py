@@ -14,7 +14,8 @@ import torch.distributed as dist
 from test_processes import together
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from linearize.distributed import Processes, shard_base
+from linearize.distributed import Processes
+from linearize.sharding import shard_layers
 
 ROWS, LENGTH, STEPS = 2, 32, 2
 UNCOUNTED = ("recv_", "broadcast_", "allgather_", "gather_")
@@ -71,7 +72,7 @@ def test_what_is_exchanged(stage, split, recomputed):
         processes = Processes(rank, 2, dist.new_group(backend="gloo"))
         grafted = bench.build(options, torch.device("cpu"))
         if split == "fsdp":
-            shard_base(grafted, torch.device("cpu"), processes)
+            shard_layers(grafted.model, torch.device("cpu"), processes)
         config = bench.stage_config(options, stage, ROWS, STEPS)
         with Counted() as counted:
             _, losses = bench.train(grafted, config, processes, split)

@@ -6,6 +6,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.config import Config
+from linearize.distributed import is_sharded
 from linearize.errors import RunError
 from linearize.export import load_student, load_student_tokenizer
 from linearize.machine import choose_machine
@@ -61,6 +62,7 @@ def generate_texts(
             do_sample=sample,
             num_beams=sampling.beams,
             pad_token_id=tokenizer.pad_token_id,
+            synced_gpus=is_sharded(model),  # none stops while another still gathers weights
             **chosen,
         )
     length = inputs["input_ids"].shape[1]
