@@ -16,6 +16,7 @@ from linearize.checkpoint import load_latest, restore_student
 from linearize.data import Corpus, scheduled_rows
 from linearize.distributed import Split, check_agreement, choose_split, shard_base, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
+from linearize.fingerprint import fingerprint_of
 from linearize.graphs import obstacle
 from linearize.job import Conversion, check_budgets, check_job, check_text
 from linearize.machine import Machine, choose_machine
@@ -32,6 +33,7 @@ from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
+from linearize.teacher_files import Checkpoint, find_checkpoint
 from linearize.text import choose_heldout, read_text, say_overlap
 from linearize.trackers import track_run
 from linearize.train import Batches, FitSettings, Run, fit
@@ -57,10 +59,9 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         folder.check_same(asked(job, recipe))
         machine = _choose_machine(job, recipe, folder, console)
-        teacher = _load_teacher(job, machine, console)
-        plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
-        check_stages(recipe.stages, plan)
-        check_sizes(recipe.stages, teacher.model)
+        checkpoint, weights = _find_teacher(job, folder)
+        teacher = _load_teacher(job, checkpoint, machine, console)
+        plan = _plan(teacher.model, recipe)
         corpus, aside = read_text(job, recipe, teacher.tokenizer, console)
         heldout = choose_heldout(recipe, corpus, aside)
         check_agreement(processes, "text", corpus.fingerprint)
@@ -68,7 +69,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         shared = recipe.model_copy(update={"stages": rows})
         targets = _checked(_targets(job, shared, machine, teacher, corpus))
         facts = facts_of(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
-        facts["overlap"] = say_overlap(corpus, heldout, teacher.tokenizer, console)
+        facts |= {"weights": weights, "overlap": say_overlap(corpus, heldout, teacher.tokenizer, console)}
         folder.begin(facts)
         streamed = stream_layers(teacher.model, machine.device) if job.stream_layers else None
         before = Measured(**folder.once("teacher", lambda: asdict(measure(teacher.model, teacher.tokenizer, heldout))))
@@ -81,7 +82,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         stages = _train(grafted, training, evaluate)
 
         def finish() -> Converted:
-            student = _whole_student(job, recipe, teacher, folder) if split == "fsdp" else grafted
+            student = _whole_student(job, checkpoint, recipe, teacher, folder) if split == "fsdp" else grafted
             student.leave_device()
             export_student(student, teacher.tokenizer, recipe, folder.student)
             after = measure(load_student(folder.student, device=str(machine.device)), teacher.tokenizer, heldout)
@@ -106,9 +107,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
     check_text(job, recipe)
     machine = choose_machine(job.device, recipe.precision)
     teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
-    plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
-    check_stages(recipe.stages, plan)
-    check_sizes(recipe.stages, teacher.model)
+    plan = _plan(teacher.model, recipe)
     corpus, _ = read_text(job, recipe, teacher.tokenizer, console)
     targets = _targets(job, recipe, machine, teacher, corpus)
     assert targets is not None, "the command line asks for a folder"
@@ -128,12 +127,29 @@ def _choose_machine(job: Conversion, recipe: Recipe, folder: RunFolder, console:
     return replace(machine, precision=precision, why=why)
 
 
-def _load_teacher(job: Conversion, machine: Machine, console: Console) -> Teacher:
+def _find_teacher(job: Conversion, folder: RunFolder) -> tuple[Checkpoint, str]:
+    """The teacher's files, and their fingerprint: all processes must have it, and what the run began with."""
+    checkpoint = find_checkpoint(job.model)
+    weights = fingerprint_of(checkpoint)
+    check_agreement(folder.processes, "weights of the teacher", weights)
+    folder.check_weights(weights, checkpoint.origin)
+    return checkpoint, weights
+
+
+def _load_teacher(job: Conversion, checkpoint: Checkpoint, machine: Machine, console: Console) -> Teacher:
     """The teacher, where it computes; in host memory where its layers will be streamed."""
     device = torch.device("cpu") if job.stream_layers else machine.device
-    teacher = load_teacher(job.model, dtype=machine.dtype, device=device, quantize=job.quantize)
+    teacher = load_teacher(checkpoint, dtype=machine.dtype, device=device, quantize=job.quantize)
     console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
     return teacher
+
+
+def _plan(model: PreTrainedModel, recipe: Recipe) -> tuple[Swap, ...]:
+    """The surgery; it and the recipe's stages fit the model."""
+    plan = plan_surgery(model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
+    check_stages(recipe.stages, plan)
+    check_sizes(recipe.stages, model)
+    return plan
 
 
 def _checked(targets: Targets | None) -> Targets | None:
@@ -258,18 +274,20 @@ def _build_stage(recipe: Recipe, index: int, grafted: Graft) -> Stage:
     return build_stage(recipe.stages[index], grafted)
 
 
-def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: RunFolder) -> Graft:
+def _whole_student(
+    job: Conversion, checkpoint: Checkpoint, recipe: Recipe, teacher: Teacher, folder: RunFolder
+) -> Graft:
     """The trained student with all of its weights here, where they were sharded.
 
     Base weights stayed frozen: they are the teacher's, and all else is in the last checkpoint.
     """
-    again = load_teacher(job.model, dtype=teacher.model.dtype, device=teacher.model.device)
+    again = load_teacher(checkpoint, dtype=teacher.model.dtype, device=teacher.model.device)
     plan = plan_surgery(again.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     grafted = _graft(again.model, plan, recipe, job.compile)
     stages = [_build_stage(recipe, index, grafted) for index in range(len(recipe.stages))]
-    checkpoint = load_latest(folder.run)
-    assert checkpoint is not None
-    restore_student(checkpoint, student_parameters(grafted, stages))
+    trained = load_latest(folder.run)
+    assert trained is not None
+    restore_student(trained, student_parameters(grafted, stages))
     return grafted
 
 

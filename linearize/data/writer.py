@@ -117,7 +117,7 @@ class Writer:
         if not found:
             raise DataError(
                 "its chat template does not spell the user's words as they are.",
-                place=self.teacher.source,
+                place=str(self.teacher.model.config.name_or_path),
                 remedy="Give --prompts, or leave out --chat.",
             )
         start = self._tokens(before, False)
