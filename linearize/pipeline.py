@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from linearize.caching import Targets, check_targets, targets_of
 from linearize.checkpoint import load_latest, restore_student
-from linearize.data import Corpus, scheduled_rows
+from linearize.data import Corpus
 from linearize.distributed import Split, check_agreement, choose_split, shard_base, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
 from linearize.fingerprint import fingerprint_of
@@ -34,9 +34,9 @@ from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
 from linearize.teacher_files import Checkpoint, find_checkpoint
-from linearize.text import choose_heldout, read_text, say_overlap
+from linearize.text import batches_of, choose_heldout, read_text, say_overlap
 from linearize.trackers import track_run
-from linearize.train import Batches, FitSettings, Run, fit
+from linearize.train import FitSettings, Run, fit
 
 FEW_STEPS = 100
 """A stage is not measured more often than this: on a slow machine measuring would cost more than training."""
@@ -115,7 +115,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
     for index, config in enumerate(recipe.stages):
         if isinstance(config, DistilConfig):
             stage = Distil(config.model_copy(update={"lora": None}), grafted)  # the teacher has no adapters
-            targets.write(stage, index, _batches(corpus, recipe, index), console)
+            targets.write(stage, index, batches_of(corpus, recipe, index), console)
 
 
 def _choose_machine(job: Conversion, recipe: Recipe, folder: RunFolder, console: Console) -> Machine:
@@ -250,7 +250,7 @@ def _train_stage(
 ) -> None:
     """Run one stage, and note what it came to."""
     job, index = training.job, run.stage_index
-    batches = _batches(training.corpus, training.shared, index)
+    batches = batches_of(training.corpus, training.shared, index)
     if training.targets is not None:
         batches = training.targets.read(stage, index, batches)
     settings = FitSettings(
@@ -289,9 +289,3 @@ def _whole_student(
     assert trained is not None
     restore_student(trained, student_parameters(grafted, stages))
     return grafted
-
-
-def _batches(corpus: Corpus, recipe: Recipe, index: int) -> Batches:
-    """The part of the corpus that stage number `index` reads; no two stages read the same tokens."""
-    first_token = sum(stage.tokens for stage in recipe.stages[:index])
-    return scheduled_rows(corpus, recipe.stages[index], first_token, recipe.seed + index)

@@ -356,6 +356,15 @@ def test_text_that_cannot_be_read_costs_no_teacher(tmp_path, text_file, monkeypa
     assert not (tmp_path / "out").exists()
 
 
+def test_text_that_fills_no_row_is_said_before_anything_is_measured(job, text_file, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("the tide came in")
+    monkeypatch.setattr("linearize.pipeline.measure", None)
+    short = replace(job("short", "stages.1.length=64"), data=str(tmp_path / "short.txt"), heldout=str(text_file))
+    with pytest.raises(DataError, match=r"short\.txt: the text has \d+ tokens, less than one row of 32"):
+        convert(short, Console(quiet=True))
+    assert not (tmp_path / "short" / "run" / "run.json").exists()
+
+
 @pytest.mark.parametrize("overrides", [(), (*BASE, "precision=bf16")], ids=["adapters", "base weights"])
 def test_resume_of_a_finished_run_writes_the_same_student(job, overrides):
     first = convert(job("first", *overrides), Console(quiet=True))
