@@ -161,7 +161,7 @@ def find_checkpoint(model: str) -> Checkpoint:
         return _from_hub(model, None)
     if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
         raise TeacherError(f"'{model}' does not exist.", remedy="Check the path; a Hub id has the form owner/name.")
-    remedy = "A teacher may also be a Hub id (owner/name), a folder with a config.json, or a .gguf file."
+    remedy = "A model may also be a Hub id (owner/name), a folder with a config.json, or a .gguf file."
     raise TeacherError(unknown_name("model", model, known_models()), remedy=remedy)
 
 

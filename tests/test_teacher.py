@@ -38,11 +38,12 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from linearize import teacher_files
-from linearize.errors import TeacherError
+from linearize.doctor import examine_folder
+from linearize.errors import RunError, TeacherError
 from linearize.fingerprint import fingerprint_of
 from linearize.paths import cache_folder, shipped
 from linearize.teacher import choose_attention, load_teacher
-from linearize.teacher_files import Wheel, find_checkpoint, known_models, read_model_config
+from linearize.teacher_files import Checkpoint, Wheel, find_checkpoint, known_models, read_model_config
 
 REPO = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -525,6 +526,22 @@ def test_cache_that_cannot_be_written(demo: Demo, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "file"))
     with pytest.raises(TeacherError, match=r"cannot write: Not a directory.*LINEARIZE_CACHE"):
         find_checkpoint("demo")
+
+
+def test_doctor_finds_what_convert_finds(
+    demo: Demo, gguf_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", str(gguf_file)):
+        assert all(finding.passed for finding in examine_folder(name)), name
+    monkeypatch.setattr(teacher_files, "_from_hub", lambda repo, revision: Checkpoint(folder, repo, "the Hub"))
+    for name in ("demo", "owner/name"):
+        assert all(finding.passed for finding in examine_folder(name)), name
+    with pytest.raises(TeacherError, match=r"unknown model 'demmo'; did you mean 'demo'\?.* or a \.gguf file"):
+        examine_folder("demmo")
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(RunError, match=r"demo: holds no config\.json"):  # a student's folder may have any name
+        examine_folder("demo")
 
 
 # ------------------------------------------------------------------------------------------------- the Hub
