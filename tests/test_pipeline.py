@@ -100,6 +100,7 @@ def test_convert_writes_a_loadable_measured_student(student, teacher_folder):
     after_training = student.stages[-1]["metrics"]["eval/held-out"]
     assert student.student.perplexity["held-out"] == pytest.approx(after_training, rel=1e-4)  # merging rounds
     card = (student.folder / "README.md").read_text()
+    assert str(teacher_folder.parent) not in card  # nor of the text, nor of the student
     data = ModelCard(card).data
     assert data.base_model is None  # the teacher is a folder here; the Hub takes names of its own only
     assert "linear-attention" in data.tags
