@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -82,7 +84,7 @@ def _lengths(stage: StageConfig) -> str:
 
 
 def model_card(recipe: Recipe, metrics: Mapping[str, Any], place: str = PLACE) -> str:
-    """README.md of a student.
+    """README.md of a student, with no folder of this machine.
 
     Args:
         recipe: what it was made with.
@@ -97,7 +99,7 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], place: str = PLACE) -
         if row["ratio"] is not None
     ]
     versions = metrics["versions"].items()
-    return _CARD.format(
+    card = _CARD.format(
         metadata=metadata(recipe, metrics).to_yaml(),
         teacher=teacher["name"],
         mixer=recipe.mixer.kind,
@@ -121,6 +123,29 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], place: str = PLACE) -
         versions=", ".join(f"{name} {number}" for name, number in versions),
         digest=metrics["recipe_hash"],
     )
+    return without_folders(card, paths_said(metrics))
+
+
+def paths_said(metrics: Mapping[str, Any]) -> list[str]:
+    """The command line of a run, and the sources that its recipe names: all that may hold a local path."""
+    data = metrics.get("settings", {}).get("data")
+    sources = [entry["source"] for entry in data] if isinstance(data, list) else []
+    return [metrics["command"], shlex.join(sources)]
+
+
+def without_folders(text: str, said: Iterable[str]) -> str:
+    """`text`, in which every absolute path that stands in the command lines `said` is its last part alone.
+
+    What is pushed tells nobody how this machine's folders are called.
+    """
+    words = [word for line in said for word in shlex.split(line)]
+    parts = {part for word in words for part in (*word.split("="), *re.split(r"[\s=,\[\]{}]+", word))}
+    paths = [path for path in parts if path.startswith(("/", "~/")) and Path(path).name]
+    spelt = {form: Path(path).name for path in paths for form in (path, str(Path(path)), str(Path(path).expanduser()))}
+    if not spelt:
+        return text
+    known = "|".join(map(re.escape, sorted(spelt, key=len, reverse=True)))  # what lies in a folder before the folder
+    return re.sub(rf"(?<![\w.~/-])(?:{known})(?!\w)", lambda found: spelt[found[0]], text)
 
 
 def metadata(recipe: Recipe, metrics: Mapping[str, Any]) -> ModelCardData:

@@ -213,7 +213,7 @@ def generate(
 
 @app.command()
 def doctor(
-    path: Annotated[str, typer.Argument(help="A student's folder, or any causal language model's.")],
+    path: Annotated[str, typer.Argument(help="A student's folder or Hub id, or what --model takes.")],
     device: Annotated[str, typer.Option()] = "cpu",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
 ) -> None:

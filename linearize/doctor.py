@@ -23,6 +23,8 @@ from linearize.attention import StudentAttention
 from linearize.cache import StudentCacheLayer
 from linearize.export import PROBE_FILE, load_student, load_student_tokenizer, probe_logits, save_model
 from linearize.machine import choose_machine
+from linearize.teacher import load_teacher
+from linearize.teacher_files import find_checkpoint
 
 TOLERANCE = 1e-4
 """Largest difference of logits, relative to the largest logit where that is above 1; fp32."""
@@ -272,10 +274,20 @@ def examine_folder(
 ) -> list[Finding]:
     """Run every check on a folder, and compare it with the logits its trained student had when it was written.
 
+    Args:
+        folder: or what else `load_teacher` takes; here a folder comes before a known model of its name.
+
     Raises:
         RunError: when the folder holds no model, its weights do not fit its config, or there is no such device.
+        TeacherError: when there is no folder, and no such model.
     """
     choose_machine(device, "fp32")
+    if not Path(folder).is_dir():
+        checkpoint = find_checkpoint(str(folder))
+        if checkpoint.gguf is not None:
+            unpacked = load_teacher(checkpoint, dtype=torch.float32, device=device)
+            return examine(unpacked.model, unpacked.tokenizer, say)
+        folder = checkpoint.folder
     model = load_student(folder, dtype=torch.float32, device=device)
     has_tokenizer = (Path(folder) / "tokenizer_config.json").is_file()
     findings = examine(model, load_student_tokenizer(folder) if has_tokenizer else None, say)

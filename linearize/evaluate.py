@@ -27,7 +27,7 @@ from linearize.evals.cells import Cells
 from linearize.evals.diagnostics import TOKENS as DIAGNOSTIC_TOKENS
 from linearize.evals.diagnostics import diagnose, pair
 from linearize.evals.positions import WindowLosses, perplexity_row, position_rows, window_losses
-from linearize.evals.recall import Answered, Questions, ask, check_questions, find_tasks
+from linearize.evals.recall import MARKING, Answered, Questions, ask, check_questions, find_tasks
 from linearize.evals.records import DiagnosticRow, Made, RecallRow, TaskRow, write_rows
 from linearize.evals.subjects import STUDENT, TEACHER, Subject, find_subjects, lazily, surgery_of
 from linearize.evals.tasks.compare import compared
@@ -212,7 +212,7 @@ def _recall(bench: Bench, subject: Subject, model_of: ModelOf) -> Iterator[Recal
                 return [answered.model_dump() for answered in found]
 
             prose = hashlib.sha256("\n".join(bench.prose).encode()).hexdigest()[:16] if task.needs_prose else None
-            what = {"kind": "recall", "task": name, "prose": prose, **questions.model_dump()}
+            what = {"kind": "recall", "task": name, "marking": MARKING, "prose": prose, **questions.model_dump()}
             answers = [Answered(**answered) for answered in bench.once(subject, what, measure)]
             right, count = sum(one.correct for one in answers), sum(one.count for one in answers)
             bench.say(f"{subject.name}: {name}, {length:,} tokens: {right} of {count}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from huggingface_hub import constants as hub_constants
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 
-from linearize.card import PLACE
+from linearize.card import PLACE, paths_said, without_folders
 from linearize.errors import HubError
 from linearize.run_folder import write_json
 from linearize.teacher_files import first_line, redact
@@ -32,6 +33,11 @@ UPLOADED = (
     *("*.py", "recipe.yaml", "*.md", "*.html"),
 )
 """What leaves the folder, of its top: not the run with its checkpoints, nothing hidden. And `evals/*.json`."""
+
+TOLD = frozenset(("README.md", "metrics.json", "recipe.yaml"))
+"""Of these, and of `evals/*.json`, what tells where files lie on this machine stays here."""
+
+_COMMAND = re.compile(r'"command": ("(?:[^"\\]|\\.)*")')
 
 OPEN_LICENSES = frozenset(
     (
@@ -116,7 +122,7 @@ def push(job: Push, say: Callable[[str], None]) -> str:
     gated = metrics["teacher"].get("gated", True)  # runs before this was noted: nobody knows
     private = gated if job.private is None else job.private
     with _said(job.repo), tempfile.TemporaryDirectory(prefix="linearize-push-") as work:
-        staged = _stage(job, Path(work))
+        staged = _stage(job, metrics, Path(work))
         _make_repo(job, private)
         say(f"Uploading to {job.repo} ({'private' if private else 'public'}): {', '.join(staged)}.")
         done = HfApi().upload_folder(
@@ -161,21 +167,29 @@ def _check_license(job: Push, teacher: dict[str, Any], say: Callable[[str], None
     say(f"Going on because of --accept-license: {problem}")
 
 
-def _stage(job: Push, work: Path) -> list[str]:
-    """Links to what will be uploaded, and the card under the student's name on the Hub; the names."""
-    text = (job.folder / "README.md").read_text(encoding="utf-8").replace(PLACE, job.repo)
+def _stage(job: Push, metrics: dict[str, Any], work: Path) -> list[str]:
+    """Links to what will be uploaded, and what tells of the run, without local folders; the names.
+
+    The card calls the student by its name on the Hub.
+    """
+    names = [path.name for path in job.folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in UPLOADED)]
+    names += [f"evals/{path.name}" for path in (job.folder / "evals").glob("*.json")]
+    names = [name for name in names if not name.startswith(".")]
+    told = {name: (job.folder / name).read_text(encoding="utf-8") for name in names if name in TOLD or "/" in name}
+    told["README.md"] = told["README.md"].replace(PLACE, job.repo)
     try:
-        ModelCard(text)
+        ModelCard(told["README.md"])
     except (ValueError, yaml.YAMLError) as error:
         raise HubError(
             f"its metadata is not valid: {first_line(error)}.", place=str(job.folder / "README.md")
         ) from None
-    (work / "README.md").write_text(text, encoding="utf-8")
-    names = [path.name for path in job.folder.iterdir() if any(fnmatch(path.name, pattern) for pattern in UPLOADED)]
-    names += [f"evals/{path.name}" for path in (job.folder / "evals").glob("*.json")]
+    measured = [json.loads(found) for text in told.values() for found in _COMMAND.findall(text)]
     for name in names:
-        if name != "README.md" and not name.startswith("."):
-            (work / name).parent.mkdir(exist_ok=True)
+        (work / name).parent.mkdir(exist_ok=True)
+        if name in told:
+            text = without_folders(told[name], [*paths_said(metrics), *measured])
+            (work / name).write_text(text, encoding="utf-8")
+        else:
             os.symlink((job.folder / name).resolve(), work / name)
     return sorted(str(path.relative_to(work)) for path in work.rglob("*") if path.is_file())
 

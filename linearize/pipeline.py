@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 
 from linearize.caching import Targets, check_targets, targets_of
 from linearize.checkpoint import load_latest, restore_student
-from linearize.data import Corpus, scheduled_rows
+from linearize.data import Corpus
 from linearize.distributed import Split, check_agreement, choose_split, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
+from linearize.fingerprint import fingerprint_of
 from linearize.graphs import obstacle
 from linearize.job import Conversion, check_budgets, check_job, check_text
 from linearize.machine import Machine, choose_machine
@@ -33,9 +34,10 @@ from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
 from linearize.teacher import Teacher, load_teacher
-from linearize.text import Heldout, choose_heldout, read_text, say_overlap
+from linearize.teacher_files import Checkpoint, find_checkpoint
+from linearize.text import Heldout, batches_of, choose_heldout, read_text, say_overlap
 from linearize.trackers import track_run
-from linearize.train import Batches, FitSettings, Run, fit
+from linearize.train import FitSettings, Run, fit
 
 FEW_STEPS = 100
 """A stage is not measured more often than this: on a slow machine measuring would cost more than training."""
@@ -58,10 +60,9 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         folder.check_same(asked(job, recipe))
         machine = _choose_machine(job, recipe, folder, console)
-        teacher = _load_teacher(job, machine, split, folder, console)
-        plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
-        check_stages(recipe.stages, plan)
-        check_sizes(recipe.stages, teacher.model)
+        checkpoint, weights = _find_teacher(job, split, folder)
+        teacher = _load_teacher(job, checkpoint, machine, split, folder, console)
+        plan = _plan(teacher.model, recipe)
         corpus, aside = read_text(job, recipe, teacher.tokenizer, console)
         heldout = choose_heldout(recipe, corpus, aside)
         check_agreement(processes, "text", corpus.fingerprint)
@@ -69,7 +70,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         shared = recipe.model_copy(update={"stages": rows})
         targets = _checked(_targets(job, shared, machine, teacher, corpus))
         facts = facts_of(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
-        facts["overlap"] = say_overlap(corpus, heldout, teacher.tokenizer, console)
+        facts |= {"weights": weights, "overlap": say_overlap(corpus, heldout, teacher.tokenizer, console)}
         folder.begin(facts)
         streamed = stream_layers(teacher.model, machine.device) if job.stream_layers else None
         together = split == "fsdp"
@@ -81,7 +82,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         evaluate = evaluation(grafted, heldout, partial(console.print, highlight=False, markup=False))
         training = _Training(job, recipe, shared, split, folder, machine, corpus, targets, console)
         stages = _train(grafted, training, evaluate)
-        after = _export(grafted, teacher, heldout, training)
+        after = _export(grafted, teacher, checkpoint, heldout, training)
 
         def finish() -> Converted:
             result = Converted(folder.student, heldout.length, Measured(**before), untrained, stages, after)
@@ -105,9 +106,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
     check_text(job, recipe)
     machine = choose_machine(job.device, recipe.precision)
     teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device, quantize=job.quantize)
-    plan = plan_surgery(teacher.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
-    check_stages(recipe.stages, plan)
-    check_sizes(recipe.stages, teacher.model)
+    plan = _plan(teacher.model, recipe)
     corpus, _ = read_text(job, recipe, teacher.tokenizer, console)
     targets = _targets(job, recipe, machine, teacher, corpus)
     assert targets is not None, "the command line asks for a folder"
@@ -115,7 +114,7 @@ def cache_targets(job: Conversion, console: Console | None = None) -> None:
     for index, config in enumerate(recipe.stages):
         if isinstance(config, DistilConfig):
             stage = Distil(config.model_copy(update={"lora": None}), grafted)  # the teacher has no adapters
-            targets.write(stage, index, _batches(corpus, recipe, index), console)
+            targets.write(stage, index, batches_of(corpus, recipe, index), console)
 
 
 def _choose_machine(job: Conversion, recipe: Recipe, folder: RunFolder, console: Console) -> Machine:
@@ -127,15 +126,38 @@ def _choose_machine(job: Conversion, recipe: Recipe, folder: RunFolder, console:
     return replace(machine, precision=precision, why=why)
 
 
-def _load_teacher(job: Conversion, machine: Machine, split: Split, folder: RunFolder, console: Console) -> Teacher:
+def _find_teacher(job: Conversion, split: Split, folder: RunFolder) -> tuple[Checkpoint, str]:
+    """The teacher's files, and their fingerprint: all who read them must have it, and what the run began with."""
+
+    def find() -> tuple[Checkpoint, str]:
+        checkpoint = find_checkpoint(job.model)
+        return checkpoint, fingerprint_of(checkpoint)
+
+    checkpoint, weights = folder.processes.on_main(find) if split == "fsdp" else find()
+    check_agreement(folder.processes, "weights of the teacher", weights)
+    folder.check_weights(weights, checkpoint.origin)
+    return checkpoint, weights
+
+
+def _load_teacher(
+    job: Conversion, checkpoint: Checkpoint, machine: Machine, split: Split, folder: RunFolder, console: Console
+) -> Teacher:
     """The teacher, where it computes; in host memory where its layers will be streamed."""
     if split == "fsdp":
-        teacher = load_sharded_teacher(job.model, machine.dtype, machine.device, folder.processes)
+        teacher = load_sharded_teacher(checkpoint, machine.dtype, machine.device, folder.processes)
     else:
         device = torch.device("cpu") if job.stream_layers else machine.device
-        teacher = load_teacher(job.model, dtype=machine.dtype, device=device, quantize=job.quantize)
+        teacher = load_teacher(checkpoint, dtype=machine.dtype, device=device, quantize=job.quantize)
     console.print(f"Teacher: {teacher.origin}. Attention: {teacher.attention}.", highlight=False)
     return teacher
+
+
+def _plan(model: PreTrainedModel, recipe: Recipe) -> tuple[Swap, ...]:
+    """The surgery; it and the recipe's stages fit the model."""
+    plan = plan_surgery(model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
+    check_stages(recipe.stages, plan)
+    check_sizes(recipe.stages, model)
+    return plan
 
 
 def _checked(targets: Targets | None) -> Targets | None:
@@ -234,7 +256,7 @@ def _train_stage(
 ) -> None:
     """Run one stage, and note what it came to."""
     job, index = training.job, run.stage_index
-    batches = _batches(training.corpus, training.shared, index)
+    batches = batches_of(training.corpus, training.shared, index)
     if training.targets is not None:
         batches = training.targets.read(stage, index, batches)
     settings = FitSettings(
@@ -258,7 +280,9 @@ def _build_stage(recipe: Recipe, index: int, grafted: Graft) -> Stage:
     return build_stage(recipe.stages[index], grafted)
 
 
-def _export(grafted: Graft, teacher: Teacher, heldout: Heldout, training: _Training) -> Measured:
+def _export(
+    grafted: Graft, teacher: Teacher, checkpoint: Checkpoint, heldout: Heldout, training: _Training
+) -> Measured:
     """Write the student, load what was written, and measure that.
 
     A sharded student is put together in host memory to be written. What was written is then sharded in its place, and
@@ -268,7 +292,7 @@ def _export(grafted: Graft, teacher: Teacher, heldout: Heldout, training: _Train
     sharded = training.split == "fsdp"
 
     def write() -> None:
-        student = _whole_student(training.job, recipe, teacher, folder) if sharded else grafted
+        student = _whole_student(checkpoint, recipe, teacher, folder) if sharded else grafted
         student.leave_device()
         export_student(student, teacher.tokenizer, recipe, folder.student)
 
@@ -282,22 +306,16 @@ def _export(grafted: Graft, teacher: Teacher, heldout: Heldout, training: _Train
     return measure(load_sharded_student(folder.student, device, folder.processes), teacher.tokenizer, heldout)
 
 
-def _whole_student(job: Conversion, recipe: Recipe, teacher: Teacher, folder: RunFolder) -> Graft:
+def _whole_student(checkpoint: Checkpoint, recipe: Recipe, teacher: Teacher, folder: RunFolder) -> Graft:
     """The trained student with all of its weights in host memory, where they were sharded over devices.
 
     Base weights stayed frozen: they are the teacher's, and all else is in the last checkpoint.
     """
-    again = load_teacher(job.model, dtype=teacher.model.dtype)
+    again = load_teacher(checkpoint, dtype=teacher.model.dtype)
     plan = plan_surgery(again.model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
     grafted = _graft(again.model, plan, recipe, compiled=False)
     stages = [_build_stage(recipe, index, grafted) for index in range(len(recipe.stages))]
-    checkpoint = load_latest(folder.run)
-    assert checkpoint is not None
-    restore_student(checkpoint, student_parameters(grafted, stages))
+    trained = load_latest(folder.run)
+    assert trained is not None
+    restore_student(trained, student_parameters(grafted, stages))
     return grafted
-
-
-def _batches(corpus: Corpus, recipe: Recipe, index: int) -> Batches:
-    """The part of the corpus that stage number `index` reads; no two stages read the same tokens."""
-    first_token = sum(stage.tokens for stage in recipe.stages[:index])
-    return scheduled_rows(corpus, recipe.stages[index], first_token, recipe.seed + index)

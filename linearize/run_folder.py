@@ -80,6 +80,26 @@ class RunFolder:
                 remedy="Repeat its own command with --resume (run.json holds it), or choose another --out.",
             )
 
+    def check_weights(self, weights: str, origin: str) -> None:
+        """Check that a resumed run goes on with the weights of its teacher that it began with.
+
+        Args:
+            weights: their fingerprint.
+            origin: where they came from.
+
+        Raises:
+            RunError: they are others.
+        """
+        began = self.facts()
+        noted = began.get("weights", weights)  # runs before this was noted: nobody knows
+        if noted != weights:
+            raise RunError(
+                f"this run began with other weights of {began['model']}: {noted} ({began['teacher']['origin']}); "
+                f"now they are {weights} ({origin})",
+                place=str(self.run),
+                remedy="Put back those that it began with, or choose another --out.",
+            )
+
     def record(self, name: str, value: Any) -> None:
         """Add a result, or replace it."""
         known = self.results()

@@ -28,9 +28,12 @@ from linearize.export import load_student
 from linearize.quantized import is_quantized
 from linearize.surgery import decoder_layers, trunk_of
 from linearize.teacher import Teacher, load_teacher
+from linearize.teacher_files import Checkpoint
 
 
-def load_sharded_teacher(model: str, dtype: torch.dtype, device: torch.device, processes: Processes) -> Teacher:
+def load_sharded_teacher(
+    model: str | Checkpoint, dtype: torch.dtype, device: torch.device, processes: Processes
+) -> Teacher:
     """`load_teacher` on the main process, whose weights all processes then share.
 
     Raises:

@@ -44,7 +44,6 @@ class Teacher:
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    source: str  # what the user asked for
     origin: str  # one sentence: where the weights really came from
     revision: str | None  # the Hub's commit hash
     sha256: str | None  # of the file, where the weights are one GGUF file
@@ -56,7 +55,7 @@ class Teacher:
 
 
 def load_teacher(
-    model: str,
+    model: str | Checkpoint,
     *,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
@@ -68,7 +67,8 @@ def load_teacher(
 
     Args:
         model: a name from `configs/models`, a `.gguf` file, a folder with a `config.json`, or a Hub id (`owner/name`);
-            tried in this order. Write `./smollm2` for a folder that is called like a known model.
+            tried in this order. Write `./smollm2` for a folder that is called like a known model. Or what
+            `find_checkpoint` found of it.
         dtype: dtype of the weights; GGUF weights are unpacked into it.
         device: where the model goes.
         attention: an attention implementation of transformers; None picks flash_attention_2 where it can run.
@@ -79,7 +79,7 @@ def load_teacher(
         TeacherError: the teacher cannot be found, fetched or read, or is no plain causal language model.
     """
     packed = None if quantize is None else quantization(quantize, dtype)
-    checkpoint = find_checkpoint(model)
+    checkpoint = find_checkpoint(model) if isinstance(model, str) else model
     if packed is not None and checkpoint.gguf is not None:
         raise TeacherError(
             "is a GGUF file: its weights are unpacked as they are loaded, and cannot be quantised again.",
@@ -103,7 +103,6 @@ def load_teacher(
     return Teacher(
         model=loaded,
         tokenizer=tokenizer,
-        source=model,
         origin=checkpoint.origin,
         revision=checkpoint.revision,
         sha256=checkpoint.sha256,

@@ -37,7 +37,7 @@ log = logging.getLogger("linearize")
 PROBE_SECONDS = 5.0  # one question to the Hub decides whether it is there; a dead network must not cost a minute
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
-_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
 _LOGIN = "run `hf auth login` (or set HF_TOKEN)"
 _PASS_FILE = "For a GGUF repository, download the .gguf file and pass its path."
 # What the Hub may say about one model: error, problem, remedy. The first match counts: a gated model is also "absent".
@@ -161,7 +161,7 @@ def find_checkpoint(model: str) -> Checkpoint:
         return _from_hub(model, None)
     if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
         raise TeacherError(f"'{model}' does not exist.", remedy="Check the path; a Hub id has the form owner/name.")
-    remedy = "A teacher may also be a Hub id (owner/name), a folder with a config.json, or a .gguf file."
+    remedy = "A model may also be a Hub id (owner/name), a folder with a config.json, or a .gguf file."
     raise TeacherError(unknown_name("model", model, known_models()), remedy=remedy)
 
 
@@ -257,7 +257,7 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
     if not isinstance(config_file, str):
         return None
     folder = Path(config_file).parent
-    return folder if any(match.exists() for pattern in _WEIGHT_FILES for match in folder.glob(pattern)) else None
+    return folder if any(match.exists() for pattern in WEIGHT_FILES for match in folder.glob(pattern)) else None
 
 
 def _hub_refusal(repo: str, error: Exception) -> TeacherError:

@@ -12,11 +12,12 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from linearize.data import Budget, Corpus, choose_sources, heldout_from, load_corpus
+from linearize.data import Budget, Corpus, choose_sources, heldout_from, load_corpus, scheduled_rows
 from linearize.data.overlap import measure_overlap
 from linearize.errors import DataError
 from linearize.job import Conversion
 from linearize.recipe import Recipe
+from linearize.train import Batches
 
 POOLED = "held-out"
 """The name of text that was kept aside from the training text, over all its sources."""
@@ -42,7 +43,7 @@ def read_text(
     """The corpus, and the tokens by source of a held-out text of its own: none where the job names no such text.
 
     Raises:
-        DataError: a text cannot be read, or is too short.
+        DataError: a text cannot be read, or is too short for a row of some stage.
     """
     aside = {} if job.heldout is None else heldout_from(job.heldout, job.text_field, tokenizer, recipe.heldout_tokens)
     sources, said = choose_sources(job.data, job.text_field, recipe.data)
@@ -59,7 +60,19 @@ def read_text(
         )
     for line in corpus.remarks():
         console.print(line, highlight=False, markup=False)
+    for index in range(len(recipe.stages)):
+        batches_of(corpus, recipe, index)  # refuses too little text now, and not after the teacher was measured
     return corpus, aside
+
+
+def batches_of(corpus: Corpus, recipe: Recipe, index: int) -> Batches:
+    """The part of the corpus that stage number `index` reads; no two stages read the same tokens.
+
+    Raises:
+        DataError: there is less text than one row.
+    """
+    first_token = sum(stage.tokens for stage in recipe.stages[:index])
+    return scheduled_rows(corpus, recipe.stages[index], first_token, recipe.seed + index)
 
 
 def choose_heldout(recipe: Recipe, corpus: Corpus, aside: Mapping[str, np.ndarray]) -> Heldout:

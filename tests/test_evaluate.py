@@ -36,6 +36,7 @@ from linearize.mixers.swa import SwaConfig
 from linearize.recipe import load_recipe
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
+from linearize.teacher_files import Checkpoint
 
 
 def tokenizer_of_bytes() -> PreTrainedTokenizerFast:
@@ -231,6 +232,20 @@ def test_perplexity_positions_recall_and_probe_by_one_command(
     assert run(monkeypatch, *words) == 0  # all cells are there
 
 
+def test_the_hub_is_asked_once(folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However often the teacher is loaded: as itself, with a window, and beside the student."""
+    asked: list[str] = []
+
+    def answer(repo: str, revision: str | None) -> Checkpoint:
+        asked.append(repo)
+        return Checkpoint(Path(folders["teacher"]), repo, "the Hub", revision="c0ffee", hub=repo)
+
+    monkeypatch.setattr("linearize.teacher_files._from_hub", answer)
+    words = [folders["lolcats"], "--teacher", "owner/name", "--recall", "passkey", "--lengths", "300", "--depths", "1"]
+    assert run(monkeypatch, *words, "--samples", "1", "--diagnostics", "--probe", "--out", str(tmp_path)) == 0
+    assert asked == ["owner/name"]
+
+
 def test_diagnostics_and_bad_input(
     folders: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -288,7 +303,8 @@ def test_students_in_the_place_of_sliding_layers(
     assert pair(model, teacher).observed.students.keys() == grafted.students.keys()
     loaded = SimpleNamespace(model=make_teacher("mistral", sliding_window=16))
     monkeypatch.setattr(subjects, "load_teacher", lambda *_, **__: loaded)
-    with subjects._windowed("mistral", choose_machine("cpu", "fp32"), SwaConfig(window=8), (0, 2)) as windowed:
+    checkpoint = Checkpoint(Path(), "mistral", "nowhere")
+    with subjects._windowed(checkpoint, choose_machine("cpu", "fp32"), SwaConfig(window=8), (0, 2)) as windowed:
         students = [module.layer_idx for module in windowed.modules() if isinstance(module, StudentAttention)]
     assert students == [0, 2]
 

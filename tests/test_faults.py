@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 
 from linearize.checkpoint import STUDENT, TRAINER, list_checkpoints, load_latest
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
@@ -146,6 +147,25 @@ def test_the_text_changed_between_two_runs(job, text_file, tmp_path, monkeypatch
     with pytest.raises(RunError, match="this run began with another text"):
         convert(replace(job, resume=True), QUIET)
     assert losses(job.out) == kept
+
+
+def test_the_teacher_s_weights_changed_between_two_runs(job, teacher_folder, tmp_path, monkeypatch):
+    teacher = tmp_path / "teacher"
+    shutil.copytree(teacher_folder, teacher)
+    job = replace(job, model=str(teacher))
+    with monkeypatch.context() as patch:
+        at_call(patch, 3, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(job, QUIET)
+    weights = load_file(teacher / "model.safetensors")
+    name = "model.layers.1.self_attn.q_proj.weight"
+    save_file({**weights, name: weights[name] * 1.01}, teacher / "model.safetensors", metadata={"format": "pt"})
+    with monkeypatch.context() as patch:
+        patch.setattr("linearize.pipeline.load_teacher", None)  # it is said before anything is loaded
+        with pytest.raises(RunError, match=rf"began with other weights of {teacher}: samples .*; now they are .*Put"):
+            convert(replace(job, resume=True), QUIET)
+    save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})  # other bytes in its header
+    convert(replace(job, resume=True), QUIET)
 
 
 def test_two_runs_on_one_folder(job):

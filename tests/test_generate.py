@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -185,6 +185,26 @@ def test_stopped_and_repeated_a_job_gives_the_same_file(folder: str, tmp_path: P
     source, content = next(iter(sources[0].documents))
     assert source == f"written by {Path(folder).name}"
     assert content == (row["text"] if not chat else tuple(Message(**message) for message in row["messages"]))
+
+
+@pytest.mark.parametrize(("tokens", "length"), [(30, 1024), (30, 8)])
+def test_no_more_is_written_than_was_asked_for(
+    folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: int, length: int
+) -> None:
+    """A batch of the default size would have 16 documents of the full length."""
+    plain, written = Writer._continue, []
+
+    def count(self: Writer, starts: list[list[int]], numbers: Sequence[int], turn: int, steps: int) -> list:
+        written.append(len(starts) * steps)
+        return plain(self, starts, numbers, turn, steps)
+
+    monkeypatch.setattr(Writer, "_continue", count)
+    sampling = Sampling(length=length, seed=3)
+    found = generate(job(folder, tmp_path / "a.parquet", tokens=tokens, sampling=sampling, batch=None), silent, silent)
+    assert tokens <= found.tokens < tokens + min(length, tokens)
+    assert written[0] < tokens + length
+    assert max(written) < 2 * tokens
+    assert generate(job(folder, tmp_path / "b.parquet", tokens=1, batch=3), silent, silent).tokens == 1
 
 
 def test_another_job_does_not_go_on(folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

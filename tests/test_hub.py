@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 
 import pytest
 import torch
+import yaml
 from huggingface_hub import ModelCard, constants, repocard
 from huggingface_hub.utils import _http
 from torch import Tensor
@@ -160,6 +161,41 @@ print(json.dumps({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in fo
     with torch.no_grad():
         expected = load_student(exported)(make_tokens(1, 30), use_cache=False).logits
     assert torch.equal(torch.load(tmp_path / "tensor.pt"), expected)
+
+
+def test_no_local_folder_leaves(hub: Hub, student: Path, recipe: Recipe) -> None:
+    """Neither in what convert writes, nor in what was measured later; what lies here still tells where files lie."""
+    home = "/home/me/secret work"
+    data = [{"source": f"{home}/a.parquet"}, {"source": "owner/text"}]
+    command = f"linearize convert --model '{home}/models/tiny/' --recipe /home/me/r.yaml --data '{home}/b.jsonl=0.5'"
+    command += " --data owner/other --set 'data=[/home/me/c.txt]' --out o"
+    metrics = {
+        **METRICS,
+        "model": f"{home}/models/tiny/",
+        "teacher": {**METRICS["teacher"], "origin": f"folder {home}/models/tiny"},
+        "text": {**METRICS["text"], "name": f"{home}/b.jsonl (0.5 of the tokens), owner/other (0.5 of the tokens)"},
+        "settings": {"data": data},
+        "command": command,
+    }
+    (student / "metrics.json").write_text(json.dumps(metrics))
+    (student / "README.md").write_text(model_card(recipe, metrics))
+    (student / "recipe.yaml").write_text(yaml.safe_dump({"data": data}))
+    measured = {"made": {"command": f"linearize eval '{home}/o' --text /mnt/x.txt"}, "rows": [{"source": "x"}]}
+    (student / "evals" / "perplexity.json").write_text(json.dumps(measured))
+    card = (student / "README.md").read_text()
+    said = "--model 'tiny' --recipe r.yaml --data 'b.jsonl=0.5' --data owner/other --set 'data=[c.txt]' --out o"
+    assert said in card
+    assert "| folder tiny |" in card
+    assert "| b.jsonl (0.5 of the tokens), owner/other (0.5 of the tokens) |" in card
+
+    push(Push(student, "user/student"), quiet)
+    files = hub.repos["user/student"].branches["main"]
+    for part in (b"/home", b"me/", b"secret", b"/mnt"):
+        assert [name for name, content in files.items() if part in content] == []
+    assert json.loads(files["metrics.json"])["model"] == "tiny"
+    assert json.loads(files["evals/perplexity.json"])["made"]["command"] == "linearize eval 'o' --text x.txt"
+    assert yaml.safe_load(files["recipe.yaml"])["data"] == [{"source": "a.parquet"}, {"source": "owner/text"}]
+    assert json.loads((student / "metrics.json").read_text())["model"] == f"{home}/models/tiny/"
 
 
 def test_a_dropped_connection_in_the_middle_of_an_upload(hub: Hub, student: Path) -> None:

@@ -100,6 +100,7 @@ def test_convert_writes_a_loadable_measured_student(student, teacher_folder):
     after_training = student.stages[-1]["metrics"]["eval/held-out"]
     assert student.student.perplexity["held-out"] == pytest.approx(after_training, rel=1e-4)  # merging rounds
     card = (student.folder / "README.md").read_text()
+    assert str(teacher_folder.parent) not in card  # nor of the text, nor of the student
     data = ModelCard(card).data
     assert data.base_model is None  # the teacher is a folder here; the Hub takes names of its own only
     assert "linear-attention" in data.tags
@@ -354,6 +355,15 @@ def test_text_that_cannot_be_read_costs_no_teacher(tmp_path, text_file, monkeypa
     with pytest.raises(DataError, match=said):
         convert(Conversion("llama", out=tmp_path / "out", device="cpu", **named), Console(quiet=True))
     assert not (tmp_path / "out").exists()
+
+
+def test_text_that_fills_no_row_is_said_before_anything_is_measured(job, text_file, tmp_path, monkeypatch):
+    (tmp_path / "short.txt").write_text("the tide came in")
+    monkeypatch.setattr("linearize.pipeline.measure", None)
+    short = replace(job("short", "stages.1.length=64"), data=str(tmp_path / "short.txt"), heldout=str(text_file))
+    with pytest.raises(DataError, match=r"short\.txt: the text has \d+ tokens, less than one row of 32"):
+        convert(short, Console(quiet=True))
+    assert not (tmp_path / "short" / "run" / "run.json").exists()
 
 
 @pytest.mark.parametrize("overrides", [(), (*BASE, "precision=bf16")], ids=["adapters", "base weights"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import itertools
 import random
 import re
+import sys
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -262,6 +264,34 @@ def test_who_is_asked_together_does_not_matter(
             answered.append(ask(teacher, letters, name, Questions(length=600, depths=3, samples=2), PROSE))
         assert replies[-1] == replies[-2]
         assert answered[0] == answered[1]
+
+
+@pytest.mark.parametrize("named", ["model", "tokenizer"])
+def test_what_follows_an_end_token_is_no_reply(
+    make_teacher: Callable[..., PreTrainedModel],
+    letters: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
+    named: str,
+) -> None:
+    end = 1
+    teacher = make_teacher(vocab_size=300, max_position_embeddings=4096, eos_token_id=end if named == "model" else None)
+    tokenizer = copy(letters)
+    tokenizer.eos_token = "<pad>" if named == "tokenizer" else None
+    given: list[tuple[int, ...]] = []
+
+    def reply(model: PreTrainedModel, input_ids_BT: torch.Tensor, count: int) -> torch.Tensor:
+        return torch.tensor([(list(ids) + [end] * count)[:count] for ids in given])
+
+    monkeypatch.setattr(sys.modules[ask.__module__], "greedy", reply)
+    for name in ("passkey", "copy"):
+        desk = Desk(letters, 600, "test", PROSE)
+        (right,) = _examples(TASKS[name], desk, f"{name} 0", 0.5, 1)
+        (wrong,) = _examples(TASKS[name], desk, f"{name} 1", 0.5, 1)
+        answer, other = right.answer_ids, wrong.answer_ids
+        for ids, correct in ((answer, 1), ((*answer, end, *other), 1), ((end, *answer), 0), ((*answer[:2], end), 0)):
+            given[:] = [ids]
+            (found,) = ask(teacher, tokenizer, name, Questions(length=600, depths=1, samples=1), PROSE)
+            assert found.correct == correct, (name, ids)
 
 
 def test_bad_names_and_lengths(letters: PreTrainedTokenizerFast) -> None:

@@ -125,6 +125,16 @@ def test_a_run_file_of_another_version_is_no_crash(tmp_path: Path) -> None:
             folder.begin(FACTS)
 
 
+def test_other_weights_of_the_teacher_are_refused_where_they_were_noted(tmp_path: Path) -> None:
+    make_run(tmp_path)
+    with open_run_folder(tmp_path, resume=True, overwrite=False) as folder:
+        folder.check_weights("samples b", "there")  # an earlier version noted none
+        write_json(folder.facts_file, {**FACTS, "weights": "samples a", "teacher": {"origin": "here"}})
+        folder.check_weights("samples a", "elsewhere")
+        with pytest.raises(RunError, match=r"weights of m: samples a \(here\); now they are samples b \(there\)\. Put"):
+            folder.check_weights("samples b", "there")
+
+
 @pytest.mark.parametrize("content", ["{", "\x00", "[1]"])
 def test_a_broken_run_file_is_named(tmp_path: Path, content: str) -> None:
     make_run(tmp_path)

@@ -23,6 +23,7 @@ import gguf
 import huggingface_hub
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoModelForCausalLM,
@@ -37,10 +38,12 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from linearize import teacher_files
-from linearize.errors import TeacherError
+from linearize.doctor import examine_folder
+from linearize.errors import RunError, TeacherError
+from linearize.fingerprint import fingerprint_of
 from linearize.paths import cache_folder, shipped
 from linearize.teacher import choose_attention, load_teacher
-from linearize.teacher_files import Wheel, find_checkpoint, known_models, read_model_config
+from linearize.teacher_files import Checkpoint, Wheel, find_checkpoint, known_models, read_model_config
 
 REPO = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -195,7 +198,7 @@ def test_folder_is_loaded_and_frozen(folder: Path, caplog: pytest.LogCaptureFixt
     assert teacher.model.dtype == torch.float32
     assert teacher.model.config.use_cache
     assert teacher.model.config.name_or_path == teacher.tokenizer.name_or_path == "tiny-llama"
-    assert (teacher.source, teacher.revision, teacher.sha256) == (str(folder), None, None)
+    assert (teacher.revision, teacher.sha256) == (None, None)
     assert teacher.origin == f"folder {folder}"
     assert teacher.attention == "sdpa: flash-attn needs cuda, the device is cpu"
     assert teacher.tokenizer.pad_token == "</s>"
@@ -322,6 +325,49 @@ def test_weights_of_another_shape(copy: Path) -> None:
     edit_config(copy, {"vocab_size": 300})
     with pytest.raises(TeacherError, match="weights cannot be loaded"):
         load_teacher(str(copy))
+
+
+# ------------------------------------------------------------------------------------------------- fingerprints
+
+
+def fingerprint(model: Path) -> str:
+    return fingerprint_of(find_checkpoint(str(model)))
+
+
+def test_a_fingerprint_tells_every_tensor_and_the_configuration_apart(copy: Path) -> None:
+    file = copy / "model.safetensors"
+    weights, known = load_file(file), {fingerprint(copy)}
+    for name, tensor in weights.items():
+        save_file({**weights, name: tensor + 1}, file)
+        known.add(fingerprint(copy))
+    save_file({name: tensor for name, tensor in weights.items() if "norm" not in name}, file)
+    known.add(fingerprint(copy))
+    edit_config(copy, {"rms_norm_eps": 0.1})
+    known.add(fingerprint(copy))
+    assert len(known) == len(weights) + 3
+
+
+def test_a_fingerprint_is_of_tensors_in_whichever_files(folder: Path, copy: Path, tmp_path: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    tiny_model().save_pretrained(copy, max_shard_size="100KB")
+    assert len(list(copy.glob("*.safetensors"))) > 2
+    assert fingerprint(copy) == fingerprint(folder) == fingerprint(Path(shutil.copytree(copy, tmp_path / "moved")))
+
+
+def test_fingerprints_of_other_files(copy: Path, gguf_file: Path) -> None:
+    assert fingerprint(gguf_file) == f"sha256 {hashlib.sha256(gguf_file.read_bytes()).hexdigest()}"
+    (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
+    known = fingerprint(copy)
+    content = (copy / "pytorch_model.bin").read_bytes()
+    (copy / "pytorch_model.bin").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert fingerprint(copy) != known
+
+
+@pytest.mark.parametrize("content", [b"", b"1234567", b"\xff" * 100, (2).to_bytes(8, "little") + b"[]"])
+def test_a_fingerprint_of_broken_weights(copy: Path, content: bytes) -> None:
+    (copy / "model.safetensors").write_bytes(content)
+    with pytest.raises(TeacherError, match=r"model\.safetensors: is no whole file of weights.*Check that the files"):
+        fingerprint(copy)
 
 
 # ------------------------------------------------------------------------------------------------- GGUF
@@ -480,6 +526,22 @@ def test_cache_that_cannot_be_written(demo: Demo, tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("LINEARIZE_CACHE", str(tmp_path / "file"))
     with pytest.raises(TeacherError, match=r"cannot write: Not a directory.*LINEARIZE_CACHE"):
         find_checkpoint("demo")
+
+
+def test_doctor_finds_what_convert_finds(
+    demo: Demo, gguf_file: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("demo", str(gguf_file)):
+        assert all(finding.passed for finding in examine_folder(name)), name
+    monkeypatch.setattr(teacher_files, "_from_hub", lambda repo, revision: Checkpoint(folder, repo, "the Hub"))
+    for name in ("demo", "owner/name"):
+        assert all(finding.passed for finding in examine_folder(name)), name
+    with pytest.raises(TeacherError, match=r"unknown model 'demmo'; did you mean 'demo'\?.* or a \.gguf file"):
+        examine_folder("demmo")
+    (tmp_path / "demo").mkdir()
+    with pytest.raises(RunError, match=r"demo: holds no config\.json"):  # a student's folder may have any name
+        examine_folder("demo")
 
 
 # ------------------------------------------------------------------------------------------------- the Hub

@@ -30,7 +30,10 @@ def generate_text(
     temperature: Annotated[float, typer.Option(min=0.01)] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.01, max=1.0)] = 1.0,
     length: Annotated[int, typer.Option(min=1, help="New tokens of a document, at most.")] = 1024,
-    batch: Annotated[int | None, typer.Option(min=1, help="Documents at one time. Default: 16, on a GPU 512.")] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(min=1, help="Documents at one time. Default: what --tokens needs, at most 16, on a GPU 512."),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     device: DeviceOption = None,
 ) -> None:

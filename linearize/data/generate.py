@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,7 @@ class Generation:
         prompts: text file with a prompt a line, or any text that `--data` takes with a prompt a document.
         chat: conversations instead of texts.
         start: the first token of texts without a prompt; None = the tokenizer's bos token, else its eos token.
-        batch: documents at one time; None = by the device.
+        batch: documents at one time; None = by the device, and no more than the tokens are enough for.
         device: None takes a GPU when there is one.
     """
 
@@ -105,6 +105,7 @@ def generate(job: Generation, say: Callable[[str], None], on_step: Callable[[str
     if job.out.suffix != ".parquet":
         raise DataError("is a parquet file, and --data goes by its name.", place=f"--out {job.out}", remedy=_NAME_IT)
     machine = choose_machine(job.device, "auto")
+    job = _fitted(job, machine)
     prompts = _read_prompts(job.prompts)
     teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
     start = job.start or teacher.tokenizer.bos_token or teacher.tokenizer.eos_token
@@ -158,6 +159,13 @@ def _write_batches(
     return new_tokens, seconds
 
 
+def _fitted(job: Generation, machine: Machine) -> Generation:
+    """The job with its batch. No document is longer than all that is asked for, nor by default is a batch much more."""
+    length = min(job.sampling.length, job.tokens)
+    batch = job.batch or min(BATCH[machine.device.type], -(-job.tokens // length))
+    return replace(job, sampling=job.sampling.model_copy(update={"length": length}), batch=batch)
+
+
 def _read_prompts(prompts: str | None) -> tuple[str, ...]:
     """A prompt a line of a .txt file, a document of anything else."""
     if prompts is None:
@@ -181,7 +189,7 @@ def _identity(
         "chat": job.chat,
         "start": None if job.chat or prompts else start,
         **job.sampling.model_dump(),
-        "batch": job.batch or BATCH[machine.device.type],
+        "batch": job.batch,
         "precision": machine.precision,
     }
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList
 from linearize.config import Config, Number
 from linearize.data.chat import Conversation, Message, render
 from linearize.data.draws import Draws, uniforms
+from linearize.endings import ends_of, until_end
 from linearize.errors import DataError
 from linearize.reach import check_reach
 from linearize.teacher import Teacher
@@ -116,7 +117,7 @@ class Writer:
         if not found:
             raise DataError(
                 "its chat template does not spell the user's words as they are.",
-                place=self.teacher.source,
+                place=str(self.teacher.model.config.name_or_path),
                 remedy="Give --prompts, or leave out --chat.",
             )
         start = self._tokens(before, False)
@@ -141,14 +142,14 @@ class Writer:
         mask_BT = torch.tensor([[0] * (width - len(start)) + [1] * len(start) for start in starts])
         uniforms_BS = uniforms(self.sampling.seed, numbers, turn, steps).to(model.device)
         draws = Draws(uniforms_BS, width, self.sampling.temperature, self.sampling.top_p, self.on_step)
-        ends = self._ends()
+        ends = ends_of(model, tokenizer)
         out_BT = model.generate(  # type: ignore[operator]
             input_ids=ids_BT.to(model.device),
             attention_mask=mask_BT.to(model.device),
             logits_processor=LogitsProcessorList([draws]),
             generation_config=self._settings(steps, ends),
         )
-        rows = [_until(row, ends) for row in out_BT[:, width:].tolist()]
+        rows = [until_end(row, ends) for row in out_BT[:, width:].tolist()]
         texts = tokenizer.batch_decode([row for row, _ in rows], skip_special_tokens=True)
         return [
             _Continuation(text, len(row) + finished, finished)
@@ -168,17 +169,3 @@ class Writer:
             eos_token_id=ends,
             pad_token_id=self.teacher.tokenizer.pad_token_id,
         )
-
-    def _ends(self) -> list[int]:
-        """The tokens that end a text: the tokenizer's, and those that the teacher's own settings name."""
-        model = self.teacher.model
-        assert model.generation_config is not None, "causal language models have one"
-        named = [model.generation_config.eos_token_id, model.config.eos_token_id, self.teacher.tokenizer.eos_token_id]
-        flat = [end for entry in named for end in (entry if isinstance(entry, list) else [entry])]
-        return sorted({int(end) for end in flat if end is not None})
-
-
-def _until(row: list[int], ends: Sequence[int]) -> tuple[list[int], bool]:
-    """The row before its first ending token, and whether there is one."""
-    place = next((index for index, token in enumerate(row) if token in ends), None)
-    return (row, False) if place is None else (row[:place], True)

@@ -20,13 +20,14 @@ from linearize.attention import StudentAttention
 from linearize.errors import RunError
 from linearize.evals.records import BRANCHES
 from linearize.export import load_student, refuse_no_student
+from linearize.fingerprint import fingerprint_of
 from linearize.machine import Machine
 from linearize.mixers import MixerConfig, mixer_config
 from linearize.mixers.base import Branch, silenced
 from linearize.mixers.swa import SwaConfig
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
-from linearize.teacher_files import find_checkpoint
+from linearize.teacher_files import Checkpoint, find_checkpoint
 
 TEACHER, STUDENT = "teacher", "student"
 
@@ -65,13 +66,14 @@ def find_subjects(folder: str, teacher: str | None, machine: Machine, *, probe: 
 
     Raises:
         RunError: a probe of a student that has no window beside a linear branch.
+        TeacherError: the teacher cannot be found or fetched.
     """
-    student = Subject(STUDENT, identity_of(folder, _cached_commit), partial(_student, folder, machine, None))
+    student = Subject(STUDENT, identity_of(folder), partial(_student, folder, machine, None))
     found = [student]
-    known = ""
-    if teacher is not None:
-        known = identity_of(teacher, _commit)
-        found.insert(0, Subject(TEACHER, known, partial(_teacher, teacher, machine)))
+    checkpoint = None if teacher is None else find_checkpoint(teacher)  # once: a Hub out of reach takes its time
+    known = "" if checkpoint is None else f"{teacher} {fingerprint_of(checkpoint)}"
+    if checkpoint is not None:
+        found.insert(0, Subject(TEACHER, known, partial(_teacher, checkpoint, machine)))
     if not probe:
         return found
     mixer, layers = surgery_of(folder)
@@ -85,10 +87,10 @@ def find_subjects(folder: str, teacher: str | None, machine: Machine, *, probe: 
     for name, branch in branches:
         opened = partial(_student, folder, machine, branch)
         found.append(Subject(name, f"{student.identity} without {branch}", opened))
-    if teacher is not None:
+    if checkpoint is not None:
         swa = SwaConfig(window=mixer.window_beside_linear)
         identity = f"{known} {swa.model_dump_json()} in {layers}"
-        found.append(Subject(BRANCHES[2], identity, partial(_windowed, teacher, machine, swa, layers)))
+        found.append(Subject(BRANCHES[2], identity, partial(_windowed, checkpoint, machine, swa, layers)))
     return found
 
 
@@ -108,23 +110,15 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     return mixer_config(entry["mixer"]), tuple(entry["layers"])
 
 
-def identity_of(name: str, revision: Callable[[str], str | None]) -> str:
-    """A local model by its weight files' sizes and times and by what its small files say; another one by its revision.
-
-    The same name may stand for other weights tomorrow: a Hub id that moved on, or a wheel in the place of the Hub.
-    """
-    path = Path(name)
+def identity_of(student: str) -> str:
+    """A local student by its weight files' sizes and times and by what its small files say; the Hub's by its commit."""
+    path = Path(student)
     if not path.exists():
-        return f"{name} {revision(name)}"
-    files = [path] if path.is_file() else sorted(file for form in WEIGHTS for file in path.glob(form))
+        return f"{student} {_cached_commit(student)}"
+    files = sorted(file for form in WEIGHTS for file in path.glob(form))
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     said = [(path / small).read_bytes() for small in SMALL if (path / small).is_file()]
-    return f"{name} {stats} {hashlib.sha256(b'|'.join(said)).hexdigest()[:16]}"
-
-
-def _commit(teacher: str) -> str | None:
-    found = find_checkpoint(teacher)
-    return found.revision or found.sha256
+    return f"{student} {stats} {hashlib.sha256(b'|'.join(said)).hexdigest()[:16]}"
 
 
 def _cached_commit(student: str) -> str | None:
@@ -134,8 +128,8 @@ def _cached_commit(student: str) -> str | None:
 
 
 @contextmanager
-def _teacher(name: str, machine: Machine) -> Iterator[PreTrainedModel]:
-    yield load_teacher(name, dtype=machine.dtype, device=machine.device).model
+def _teacher(checkpoint: Checkpoint, machine: Machine) -> Iterator[PreTrainedModel]:
+    yield load_teacher(checkpoint, dtype=machine.dtype, device=machine.device).model
 
 
 @contextmanager
@@ -149,8 +143,10 @@ def _student(folder: str, machine: Machine, branch: Branch | None) -> Iterator[P
 
 
 @contextmanager
-def _windowed(name: str, machine: Machine, swa: SwaConfig, layers: tuple[int, ...]) -> Iterator[PreTrainedModel]:
-    model = load_teacher(name, dtype=machine.dtype, device=machine.device).model
+def _windowed(
+    checkpoint: Checkpoint, machine: Machine, swa: SwaConfig, layers: tuple[int, ...]
+) -> Iterator[PreTrainedModel]:
+    model = load_teacher(checkpoint, dtype=machine.dtype, device=machine.device).model
     count: int = model.config.num_hidden_layers
     kept = tuple(index for index in range(count) if index not in layers)
     graft(model, plan_surgery(model, swa, kept, replace_sliding=True))  # the student's layers, whatever they were

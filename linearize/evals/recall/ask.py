@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from linearize.config import Config
+from linearize.endings import ends_of, until_end
 from linearize.evals.perplexity import eval_mode, head_of
 from linearize.evals.recall.base import Desk, Example, RecallTask, Reply, Split
 from linearize.evals.recall.table import TASKS
@@ -23,6 +24,9 @@ TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 65_536}
 
 MORE = 8
 """Tokens generated beyond the longest right answer: a model may say a few words first."""
+
+MARKING = 2
+"""Of what a reply is and when it is right; raise it where that changes, and cells of before are measured again."""
 
 
 class Questions(Config):
@@ -110,7 +114,8 @@ def _marks(
         return _read_off(model, input_ids_BT, examples)
     counts = [min(task.answer_tokens, len(example.answer_ids) + MORE) for example in examples]
     replies = greedy(model, input_ids_BT, max(counts)).tolist()
-    replies = [ids[:count] for ids, count in zip(replies, counts, strict=True)]
+    ends = ends_of(model, tokenizer)
+    replies = [until_end(ids[:count], ends)[0] for ids, count in zip(replies, counts, strict=True)]
     texts = tokenizer.batch_decode(replies, skip_special_tokens=True)
     return [
         [task.correct(Reply(tuple(ids), text), example)]
