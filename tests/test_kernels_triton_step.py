@@ -35,8 +35,8 @@ from linearize_kernels.bound import Bound
 from linearize_kernels.hedgehog_attention import Map, triton_step
 from linearize_kernels.windowed_linear_attention.naive import naive_window_step
 from tests.test_kernels_triton import DEVICE, check, eager_features, naive
-from tests.test_mixers import cut, heads_of, mixer_of
 from tests.tiny_families import tiny_teacher
+from tests.tiny_mixers import cut, heads_of, mixer_of
 
 
 @pytest.fixture(autouse=True)

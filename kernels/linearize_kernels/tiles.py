@@ -10,6 +10,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NOTHING = tl.constexpr(float("-inf"))
+"""The log of 0."""
+
 
 @triton.jit
 def load_rows(base, first, stride, length, width, C: tl.constexpr, X: tl.constexpr):

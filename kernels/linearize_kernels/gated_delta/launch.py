@@ -1,4 +1,7 @@
-"""The Triton kernels of triton.py as two operations of torch, forward and backward. Shape legend in __init__.py."""
+"""The Triton kernels of triton.py and triton_gradients.py as two operations of torch, forward and backward.
+
+Shape legend in __init__.py.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor
 
 from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import launch
-from linearize_kernels.gated_delta import triton as kernels
+from linearize_kernels.gated_delta import triton, triton_gradients
 from linearize_kernels.operations import differentiate, operation, power
 
 MIN_CHUNK, MAX_CHUNK = 32, 64
@@ -28,6 +31,15 @@ NEEDS = {
     "walk_states": Needs(bytes=64, stages=3),  # one head's values make several programs, which wait for their loads
     "walk_gradients": Needs(bytes=64, stages=3),
     "chunk_gradients": Needs(bytes=64, warps=8),  # its registers
+}
+
+KERNELS = {
+    "solve_chunks": triton.solve_chunks,
+    "walk_states": triton.walk_states,
+    "read_states": triton.read_states,
+    "gather_gradients": triton_gradients.gather_gradients,
+    "walk_gradients": triton_gradients.walk_gradients,
+    "chunk_gradients": triton_gradients.chunk_gradients,
 }
 
 STRIDES = {
@@ -73,14 +85,14 @@ class Plan:
         self.bound: dict[tuple[Any, ...], Bound] = {}
 
     def kernel(self, name: str, *flags: tuple[str, bool]) -> Bound:
-        """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""
+        """A kernel, bound; `flags` are the constants that depend on the call."""
         found = self.bound.get((name, *flags))
         if found is None:
             found = self.bound[name, *flags] = self._bind(name, dict(flags))
         return found
 
     def _bind(self, name: str, flags: dict[str, bool]) -> Bound:
-        function = getattr(kernels, name)
+        function = KERNELS[name]
         tiles, constants = self.config(name)
         grid = [self.rows] if name in WALKS else [self.rows, self.chunks]
         if name not in WHOLE:

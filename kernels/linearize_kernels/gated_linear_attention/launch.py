@@ -1,4 +1,4 @@
-"""The Triton kernels of triton.py as two operations of torch, forward and backward.
+"""The Triton kernels of triton.py and triton_*_gradients.py as two operations of torch, forward and backward.
 
 Shape legend in __init__.py; N splits. All state here is per query head.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import Launch, launch
-from linearize_kernels.gated_linear_attention import triton as kernels
+from linearize_kernels.gated_linear_attention import triton, triton_key_gradients, triton_query_gradients
 from linearize_kernels.gated_linear_attention.launch_blocks import BlockPlan, by_blocks, walk_blocks
 from linearize_kernels.operations import differentiate, operation, power
 
@@ -25,8 +25,14 @@ MIN_SPLIT, MAX_SPLITS, PROGRAMS = 256, 16, 256
 ONE_SIGN_FROM = 128
 """Features per sign from which p and n are walked one after the other: both states would not fit the registers."""
 
-FORWARD = ("add_up_splits", "walk_forward")
+FORWARD = {"add_up_splits": triton.add_up_splits, "walk_forward": triton.walk_forward}
 """Kernels that may share a head's values out over several programs."""
+
+BACKWARD = {
+    "add_up_splits_backwards": triton_key_gradients.add_up_splits_backwards,
+    "walk_query_gradients": triton_query_gradients.walk_query_gradients,
+    "walk_key_gradients": triton_key_gradients.walk_key_gradients,
+}
 
 Optional = Tensor | None
 
@@ -91,14 +97,14 @@ class Plan:
         )
 
     def kernel(self, name: str, splits: int, *flags: tuple[str, bool]) -> Bound:
-        """A kernel of triton.py, bound; `flags` are the constants that depend on the call."""
+        """A walk's kernel, bound; `flags` are the constants that depend on the call."""
         found = self.bound.get((name, *flags))
         if found is None:
             found = self.bound[name, *flags] = self._bind(name, splits, dict(flags))
         return found
 
     def _bind(self, name: str, splits: int, flags: dict[str, bool]) -> Bound:
-        function = getattr(kernels, name)
+        function = (FORWARD | BACKWARD)[name]
         constants = self.constants | flags | {"TILED": "gradients" not in name}
         chosen = self.chosen(name)
         grid: tuple[int, ...] = (self.rows, splits)
@@ -118,7 +124,7 @@ class Plan:
         if found is None:
             constants = {"values": self.values, "V": self.constants["V"], "C": 64, "OTHER": other}
             rows = self.rows * self.length
-            found = Bound(kernels.output_gradients, (-(-rows // 64),), (rows,), constants, self.device)
+            found = Bound(triton_query_gradients.output_gradients, (-(-rows // 64),), (rows,), constants, self.device)
             self.bound["output_gradients", other] = found
         return found
 

@@ -15,16 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize_kernels.gated_linear_attention.triton import (
-    add_keys,
-    as_tile,
-    as_vector,
-    keep_pairs,
-    load_gates,
-    map_features,
-    ones_row,
-    store_sums,
-)
+from linearize_kernels.gated_linear_attention.triton_decays import keep_pairs, load_gates
+from linearize_kernels.gated_linear_attention.triton_maps import map_features
+from linearize_kernels.gated_linear_attention.triton_states import add_keys, as_tile, as_vector, ones_row, store_sums
 from linearize_kernels.tiles import (
     document,
     documents,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linearize_kernels.bound import Bound, forms, given, plan_for
 from linearize_kernels.configs import launch
-from linearize_kernels.gated_linear_attention.triton import signed_features
+from linearize_kernels.gated_linear_attention.triton_maps import signed_features
 from linearize_kernels.operations import operation, power
 from linearize_kernels.tiles import key_flags, load_matrix, load_rows, load_vector, store_rows
 

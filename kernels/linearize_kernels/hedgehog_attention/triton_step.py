@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from linearize_kernels.bound import Bound, forms, given, plan_for
-from linearize_kernels.gated_linear_attention.triton import signed_features
+from linearize_kernels.gated_linear_attention.triton_maps import signed_features
 from linearize_kernels.operations import operation, power
 
 FORGOTTEN = tl.constexpr(-100.0)

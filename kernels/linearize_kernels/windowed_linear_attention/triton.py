@@ -15,10 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from linearize_kernels.tiles import load_column, load_rows, places, store_column, store_rows
+from linearize_kernels.tiles import NOTHING, load_column, load_rows, places, store_column, store_rows
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-NOTHING = tl.constexpr(float("-inf"))
 FAR = tl.constexpr(1 << 30)
 META = tl.constexpr((1 << 30) - 1)
 

@@ -27,7 +27,8 @@ from linearize_kernels.hedgehog_attention.triton_step import (
     tile_of,
 )
 from linearize_kernels.operations import operation, power
-from linearize_kernels.windowed_linear_attention.triton import LOG2_E, NOTHING, safe
+from linearize_kernels.tiles import NOTHING
+from linearize_kernels.windowed_linear_attention.triton import LOG2_E, safe
 
 SMALLEST = tl.constexpr(1e-30)
 
