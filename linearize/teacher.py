@@ -29,6 +29,8 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as hf_logging
 
 from linearize.errors import TeacherError
+from linearize.families import FAMILIES
+from linearize.families.shapes import window_of
 from linearize.quantized import mend_four_bits_on_cpu, quantization
 from linearize.teacher_files import READ_ERRORS, Checkpoint, causal_class, find_checkpoint, first_line, read_config
 
@@ -71,7 +73,8 @@ def load_teacher(
             `find_checkpoint` found of it.
         dtype: dtype of the weights; GGUF weights are unpacked into it.
         device: where the model goes.
-        attention: an attention implementation of transformers; None picks flash_attention_2 where it can run.
+        attention: an attention implementation of transformers; None picks sdpa, and flash_attention_2 for
+            layers that slide over a window, where it can run.
         quantize: `4bit` or `8bit`: the linear layers' weights, as they are loaded; a GGUF file is unpacked instead.
         in_host_memory: leave a model that is not quantised there, for who brings it to the device in parts.
 
@@ -140,9 +143,17 @@ def choose_attention(
         return "sdpa", f"flash-attn needs cuda, the device is {device.type}"
     if not model_class._supports_flash_attn or dtype not in (torch.float16, torch.bfloat16):
         return "sdpa", f"flash-attn does not take this model in {dtype}"
+    if not _slides(config):  # packed.py needs no masks, and only with sdpa are micro-batches recorded
+        return "sdpa", "no layer slides over a window, where flash-attn would be faster"
     if not is_flash_attn_2_available():
         return "sdpa", "flash-attn is not installed"
-    return "flash_attention_2", "flash-attn is installed"
+    return "flash_attention_2", "layers slide over a window, and flash-attn is installed"
+
+
+def _slides(config: PreTrainedConfig) -> bool:
+    family = FAMILIES.get(config.model_type)
+    layers = range(config.num_hidden_layers)
+    return family is not None and any(window_of(family, config, layer) is not None for layer in layers)
 
 
 def _load_weights(

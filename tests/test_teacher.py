@@ -32,6 +32,7 @@ from transformers import (
     Gemma2Config,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
     PreTrainedTokenizerFast,
     T5Config,
 )
@@ -230,7 +231,11 @@ def test_attention_choice() -> None:
 @pytest.mark.parametrize(("installed", "expected"), [(True, "flash_attention_2"), (False, "sdpa")])
 def test_flash_attention_needs_its_package(installed: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("linearize.teacher.is_flash_attn_2_available", lambda: installed)
-    assert choose_attention(LlamaConfig(), torch.bfloat16, torch.device("cuda"), None)[0] == expected
+    slides, cuda = MistralConfig(num_hidden_layers=2, sliding_window=128), torch.device("cuda")
+    assert choose_attention(slides, torch.bfloat16, cuda, None)[0] == expected
+    sees_all = MistralConfig(num_hidden_layers=2, sliding_window=None)
+    for config in (sees_all, LlamaConfig()):
+        assert choose_attention(config, torch.bfloat16, cuda, None)[0] == "sdpa"
 
 
 @pytest.mark.parametrize(
