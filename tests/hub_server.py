@@ -49,6 +49,17 @@ class Hub:
     uploads: list[str] = field(default_factory=list)  # sha256 of objects as they arrive
     drops: int = 0  # uploads whose connection is closed halfway
     drop_after: int = 0  # uploads that go well before that
+    begun: int = 0  # uploads let through, arrived or on their way
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def drops_this(self) -> bool:
+        """Whether the upload that begins now loses its connection. Several begin at once, each on its own thread."""
+        with self.lock:
+            if self.begun >= self.drop_after and self.drops > 0:
+                self.drops -= 1
+                return True
+            self.begun += 1
+            return False
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -143,8 +154,7 @@ class Handler(BaseHTTPRequestHandler):
         oid, hub = self.path.rpartition("/")[2], self.hub
         hub.received.append(f"PUT {self.path}")
         length = int(self.headers["Content-Length"])
-        if len(hub.uploads) >= hub.drop_after and hub.drops > 0:
-            hub.drops -= 1
+        if hub.drops_this():
             self.rfile.read(length // 2)
             self.close_connection = True
             self.connection.close()
