@@ -49,7 +49,8 @@ def convert(
     """Convert a teacher into a linear-attention student and measure both.
 
     Args:
-        model: a known name (`smollm2`, `llama`, `mistral`), a Hub id, a folder or a `.gguf` file.
+        model: a known name (`smollm2`, `llama`, `mistral`), a Hub id, a folder or a `.gguf` file; `owner/name@revision`
+            is one branch, tag or commit of a model on the Hub.
         recipe: a shipped recipe's name or the path of a YAML file.
         out: where the student and its run go.
         data: training text: parquet, jsonl, txt, a folder or a Hub data set; None takes the recipe's default. A list

@@ -35,6 +35,7 @@ from linearize.evals.tasks.harness import check_installed, run_local, run_named
 from linearize.evals.tasks.rows import LocalTask, read_tasks
 from linearize.evals.tasks.score import Scores, score, task_row
 from linearize.export import load_student_tokenizer, refuse_no_student
+from linearize.fingerprint import pinned
 from linearize.machine import choose_machine, versions
 from linearize.reach import last_position
 
@@ -43,7 +44,7 @@ Found = dict[str, list[Config]]
 
 
 def teacher_of(folder: str | Path) -> str:
-    """What the student in `folder` was converted from, as its metrics.json says.
+    """What the student in `folder` was converted from, as its metrics.json says: the very commit, or the wheel.
 
     Raises:
         RunError: when it does not say, or is no student.
@@ -53,10 +54,11 @@ def teacher_of(folder: str | Path) -> str:
     remedy = "Name the teacher with --teacher, or leave it out with --no-teacher."
     if not path.is_file():
         raise RunError("does not exist, so the teacher is unknown", place=str(path), remedy=remedy)
-    model = json.loads(path.read_text(encoding="utf-8")).get("model")
+    metrics = json.loads(path.read_text(encoding="utf-8"))
+    model = metrics.get("model")
     if not isinstance(model, str):
         raise RunError("does not name the teacher's `model`", place=str(path), remedy=remedy)
-    return model
+    return pinned(model, metrics.get("teacher", {}))
 
 
 def parse_lengths(text: str) -> list[int]:

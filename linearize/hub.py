@@ -25,8 +25,8 @@ from huggingface_hub.utils import validate_repo_id
 
 from linearize.card import PLACE, paths_said, without_folders
 from linearize.errors import HubError
+from linearize.hub_refusals import first_line, redact
 from linearize.run_folder import write_json
-from linearize.teacher_files import first_line, redact
 
 UPLOADED = (
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"),

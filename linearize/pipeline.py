@@ -16,7 +16,7 @@ from linearize.checkpoint import load_latest, restore_student
 from linearize.data import Corpus
 from linearize.distributed import Split, check_agreement, choose_split, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
-from linearize.fingerprint import fingerprint_of
+from linearize.fingerprint import fingerprint_of, pinned
 from linearize.graphs import obstacle
 from linearize.job import Conversion, check_budgets, check_job, check_text
 from linearize.machine import Machine, choose_machine
@@ -60,7 +60,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
         folder.check_same(asked(job, recipe))
         machine = _choose_machine(job, recipe, folder, console)
-        checkpoint, weights = _find_teacher(job, split, folder)
+        checkpoint, weights = _find_teacher(job, split, folder, console)
         teacher = _load_teacher(job, checkpoint, machine, split, folder, console)
         plan = _plan(teacher.model, recipe)
         corpus, aside = read_text(job, recipe, teacher.tokenizer, console)
@@ -126,11 +126,14 @@ def _choose_machine(job: Conversion, recipe: Recipe, folder: RunFolder, console:
     return replace(machine, precision=precision, why=why)
 
 
-def _find_teacher(job: Conversion, split: Split, folder: RunFolder) -> tuple[Checkpoint, str]:
+def _find_teacher(job: Conversion, split: Split, folder: RunFolder, console: Console) -> tuple[Checkpoint, str]:
     """The teacher's files, and their fingerprint: all who read them must have it, and what the run began with."""
+    model = pinned(job.model, folder.facts().get("teacher", {}))
+    if model != job.model:
+        console.print(f"Going on with {model}, the teacher that this run began with.", highlight=False)
 
     def find() -> tuple[Checkpoint, str]:
-        checkpoint = find_checkpoint(job.model)
+        checkpoint = find_checkpoint(model)
         return checkpoint, fingerprint_of(checkpoint)
 
     checkpoint, weights = folder.processes.on_main(find) if split == "fsdp" else find()

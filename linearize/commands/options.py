@@ -14,7 +14,13 @@ log_console = Console(stderr=True, quiet=_FOLLOWS)
 loud_console = Console(stderr=True)
 
 ModelOption = Annotated[
-    str, typer.Option("--model", "-m", help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf.")
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf. NAME@REVISION is one branch, tag or "
+        "commit of a model on the Hub.",
+    ),
 ]
 RecipeOption = Annotated[
     str, typer.Option("--recipe", "-r", help="A shipped recipe ([bold]linearize recipes list[/bold]) or a YAML file.")

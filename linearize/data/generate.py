@@ -22,6 +22,7 @@ import torch
 from linearize.data.sources import open_documents
 from linearize.data.writer import Sampling, Writer, Written
 from linearize.errors import DataError, RunError, RunInterrupted
+from linearize.fingerprint import pinned
 from linearize.machine import Machine, choose_machine
 from linearize.run_folder import write_json
 from linearize.target_cache import teacher_digest
@@ -107,7 +108,10 @@ def generate(job: Generation, say: Callable[[str], None], on_step: Callable[[str
     machine = choose_machine(job.device, "auto")
     job = _fitted(job, machine)
     prompts = _read_prompts(job.prompts)
-    teacher = load_teacher(job.model, dtype=machine.dtype, device=machine.device)
+    model = pinned(job.model, _begun(job.out))
+    if model != job.model:
+        say(f"Going on with {model}, the teacher that this text was begun with.")
+    teacher = load_teacher(model, dtype=machine.dtype, device=machine.device)
     start = job.start or teacher.tokenizer.bos_token or teacher.tokenizer.eos_token
     identity = _identity(job, teacher, machine, prompts, str(start))
     if (found := _finished(job, identity)) is not None:
@@ -217,6 +221,19 @@ _NAME_IT = "Let its name end in .parquet."
 _OTHER_OUT = "Choose another --out, or delete it."
 
 
+def _parts_of(out: Path) -> tuple[Path, Path]:
+    """The folder of finished batches, and the file in it that says what they are of."""
+    parts = out.with_name(f"{out.name}.parts")
+    return parts, parts / "job.json"
+
+
+def _begun(out: Path) -> dict[str, Any]:
+    """The identity of the job whose batches are there; empty where there are none."""
+    _, about = _parts_of(out)
+    found: dict[str, Any] = json.loads(about.read_text("utf-8")) if about.is_file() else {}
+    return found
+
+
 @contextmanager
 def _parts_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     """The folder of finished batches, held for this process alone.
@@ -224,8 +241,7 @@ def _parts_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
     Raises:
         RunError: another process writes there, another job did, or it cannot be written.
     """
-    parts = out.with_name(f"{out.name}.parts")
-    about = parts / "job.json"
+    parts, about = _parts_of(out)
     try:
         parts.mkdir(parents=True, exist_ok=True)
         lock = (parts / ".lock").open("w")
@@ -236,7 +252,7 @@ def _parts_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError("another process is writing it.", place=str(out)) from None
-        began = json.loads(about.read_text("utf-8")) if about.is_file() else identity
+        began = _begun(out) or identity
         different = [
             f"{name} (was {began.get(name)!r}, is {value!r})"
             for name, value in identity.items()
