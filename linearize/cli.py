@@ -192,7 +192,7 @@ def plan(
 
 @app.command()
 def generate(
-    path: Annotated[str, typer.Argument(help="The student's folder or Hub id.")],
+    path: Annotated[str, typer.Argument(help="The student's folder or Hub id (NAME@REVISION: a branch).")],
     prompts: Annotated[list[str], typer.Argument(help="One or more prompts; several are answered as one batch.")],
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 60,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,

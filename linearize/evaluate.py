@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoConfig
 
 import linearize.modeling  # noqa: F401 - registers the classes
 from linearize.config import Config, parse_count
@@ -34,7 +33,7 @@ from linearize.evals.tasks.compare import compared
 from linearize.evals.tasks.harness import check_installed, run_local, run_named
 from linearize.evals.tasks.rows import LocalTask, read_tasks
 from linearize.evals.tasks.score import Scores, score, task_row
-from linearize.export import load_student_tokenizer, refuse_no_student
+from linearize.export import load_student_config, load_student_tokenizer, refuse_no_student
 from linearize.fingerprint import pinned
 from linearize.machine import choose_machine, versions
 from linearize.reach import last_position
@@ -142,7 +141,7 @@ def _prepare(wanted: Wanted, say: Callable[[str], None]) -> tuple[Bench, list[Lo
     surgery_of(wanted.folder)  # says what is wrong with the folder before a teacher is loaded
     if wanted.out == Path(wanted.folder) and not wanted.out.is_dir():
         raise RunError("is no local folder", place=wanted.folder, remedy="Say with --out where the rows go.")
-    config = AutoConfig.from_pretrained(wanted.folder)
+    config = load_student_config(wanted.folder)
     _check_positions(wanted, last_position(config))
     positions: int = config.max_position_embeddings
     tokenizer = load_student_tokenizer(wanted.folder)

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
+from huggingface_hub.constants import DEFAULT_REVISION
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging as hf_logging
 
 from linearize.adapters import merge_lora
@@ -27,7 +35,7 @@ from linearize.recipe import Recipe
 from linearize.remote_code import FILE as REMOTE_CODE_FILE
 from linearize.remote_code import remote_code
 from linearize.surgery import Graft, base_model_type
-from linearize.teacher_files import HUB_ID
+from linearize.teacher_files import HUB_ID, split_revision
 
 PROBE_FILE = "probe.safetensors"
 """Logits of the trained student on a few tokens, for `linearize doctor` to compare a loaded one with."""
@@ -178,22 +186,30 @@ def refuse_no_student(folder: str | Path) -> None:
         began = (path / "run" / "run.json").is_file()
         problem = "holds no config.json" + (": its run has not ended" if began else "")
         raise RunError(problem, place=str(path), remedy="Give the --out folder of a finished run.")
-    if not path.exists() and not HUB_ID.fullmatch(str(folder)):
+    name, _ = split_revision(str(folder))
+    if not path.exists() and (Path(name).exists() or not HUB_ID.fullmatch(name)):  # a folder has no revisions
         raise RunError("no such folder", place=str(path), remedy="Give the --out folder of a finished run.")
 
 
 def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a student and refuse one whose weights do not match its config: nothing is initialised silently.
 
+    Args:
+        folder: that holds it, or its Hub id: `owner/name` or `owner/name@revision`.
+        dtype: of the weights; `"auto"` is that in which they were written.
+        device: where they go.
+
     Raises:
         RunError: for a folder that holds no student, and for missing, unexpected or misshapen weights.
     """
     refuse_no_student(folder)
+    name, revision = split_revision(str(folder))
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
+            name,
+            revision=revision or DEFAULT_REVISION,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below instead
@@ -213,14 +229,30 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
     return model.eval().to(torch.device(device))
 
 
+def load_student_config(folder: str | Path) -> PreTrainedConfig:
+    """The configuration of a student, or of another model.
+
+    Raises:
+        RunError: it cannot be found or read.
+    """
+    refuse_no_student(folder)
+    name, revision = split_revision(str(folder))
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION)
+    except (OSError, ValueError) as error:
+        raise RunError(" ".join(str(error).split()), place=str(folder)) from None
+    return config
+
+
 def load_student_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a student.
 
     Raises:
         RunError: there is none, or it cannot be read.
     """
+    name, revision = split_revision(str(folder))
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision or DEFAULT_REVISION)
     except (OSError, ValueError) as error:
         problem = f"its tokenizer cannot be loaded: {' '.join(str(error).split())}"
         remedy = "Save the teacher's tokenizer into the folder with save_pretrained."

@@ -142,13 +142,13 @@ def find_checkpoint(model: str) -> Checkpoint:
 
 
 def split_revision(model: str) -> tuple[str, str | None]:
-    """Split `owner/name@revision`; what names no revision stays whole.
+    """Split `owner/name@revision`; what names no revision, or lies on this disk, stays whole.
 
     >>> split_revision("owner/name@v1.0")
     ('owner/name', 'v1.0')
     """
     name, _, revision = model.partition("@")
-    return (name, revision) if revision else (model, None)
+    return (name, revision) if revision and not Path(model).expanduser().exists() else (model, None)
 
 
 def _from_folder(folder: Path) -> Checkpoint:

@@ -18,7 +18,7 @@ ModelOption = Annotated[
     typer.Option(
         "--model",
         "-m",
-        help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf. NAME@REVISION is one branch, tag or "
+        help="A known name (smollm2, llama, mistral), a Hub id, a folder or a .gguf. NAME@REVISION: a branch, tag or "
         "commit of a model on the Hub.",
     ),
 ]

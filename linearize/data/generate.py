@@ -108,7 +108,8 @@ def generate(job: Generation, say: Callable[[str], None], on_step: Callable[[str
     machine = choose_machine(job.device, "auto")
     job = _fitted(job, machine)
     prompts = _read_prompts(job.prompts)
-    model = pinned(job.model, _begun(job.out))
+    began = _begun(job.out)
+    model = pinned(job.model, began) if began.get("model") == job.model else job.model
     if model != job.model:
         say(f"Going on with {model}, the teacher that this text was begun with.")
     teacher = load_teacher(model, dtype=machine.dtype, device=machine.device)
@@ -118,7 +119,7 @@ def generate(job: Generation, say: Callable[[str], None], on_step: Callable[[str
         say(f"{job.out} is complete already.")
         return found
     writer = Writer(teacher, job.sampling, prompts, job.chat, str(start), lambda step: on_step(f"step {step + 1}"))
-    with _parts_folder(job.out, identity) as parts:
+    with _parts_folder(job, identity) as parts:
         try:
             new_tokens, seconds = _write_batches(job, identity, writer, parts, say)
         except KeyboardInterrupt:
@@ -228,20 +229,20 @@ def _parts_of(out: Path) -> tuple[Path, Path]:
 
 
 def _begun(out: Path) -> dict[str, Any]:
-    """The identity of the job whose batches are there; empty where there are none."""
+    """The job whose batches are there: its model and its identity; empty where there are none."""
     _, about = _parts_of(out)
     found: dict[str, Any] = json.loads(about.read_text("utf-8")) if about.is_file() else {}
     return found
 
 
 @contextmanager
-def _parts_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
+def _parts_folder(job: Generation, identity: Mapping[str, Any]) -> Iterator[Path]:
     """The folder of finished batches, held for this process alone.
 
     Raises:
         RunError: another process writes there, another job did, or it cannot be written.
     """
-    parts, about = _parts_of(out)
+    parts, about = _parts_of(job.out)
     try:
         parts.mkdir(parents=True, exist_ok=True)
         lock = (parts / ".lock").open("w")
@@ -251,8 +252,8 @@ def _parts_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise RunError("another process is writing it.", place=str(out)) from None
-        began = _begun(out) or identity
+            raise RunError("another process is writing it.", place=str(job.out)) from None
+        began = _begun(job.out) or identity
         different = [
             f"{name} (was {began.get(name)!r}, is {value!r})"
             for name, value in identity.items()
@@ -261,7 +262,7 @@ def _parts_folder(out: Path, identity: Mapping[str, Any]) -> Iterator[Path]:
         if different:
             remedy = "Repeat its own command, choose another --out, or delete the folder."
             raise RunError(f"was begun with another {', another '.join(different)}.", place=str(parts), remedy=remedy)
-        write_json(about, identity)
+        write_json(about, {**identity, "model": job.model})
         yield parts
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from linearize.attention import StudentAttention
 from linearize.errors import RunError
 from linearize.evals.records import BRANCHES
-from linearize.export import load_student, refuse_no_student
+from linearize.export import load_student, load_student_config
 from linearize.fingerprint import fingerprint_of
 from linearize.machine import Machine
 from linearize.mixers import MixerConfig, mixer_config
@@ -27,7 +27,7 @@ from linearize.mixers.base import Branch, silenced
 from linearize.mixers.swa import SwaConfig
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
-from linearize.teacher_files import Checkpoint, find_checkpoint
+from linearize.teacher_files import Checkpoint, find_checkpoint, split_revision
 
 TEACHER, STUDENT = "teacher", "student"
 
@@ -100,11 +100,7 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     Raises:
         RunError: for a folder without a student.
     """
-    refuse_no_student(folder)
-    try:
-        entry: dict[str, Any] | None = AutoConfig.from_pretrained(folder).to_dict().get("linearize")
-    except (OSError, ValueError) as error:
-        raise RunError(" ".join(str(error).split()), place=folder) from None
+    entry: dict[str, Any] | None = load_student_config(folder).to_dict().get("linearize")
     if entry is None:
         raise RunError("holds no student: its config.json has no `linearize` entry", place=folder)
     return mixer_config(entry["mixer"]), tuple(entry["layers"])
@@ -123,7 +119,8 @@ def identity_of(student: str) -> str:
 
 def _cached_commit(student: str) -> str | None:
     """The commit of a student from the Hub; `surgery_of` has fetched its config."""
-    config = try_to_load_from_cache(student, "config.json")
+    name, revision = split_revision(student)
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
     return Path(config).parent.name if isinstance(config, str) else None
 
 
