@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+from urllib.parse import unquote
 
 from huggingface_hub import ModelCard
 
@@ -111,9 +112,9 @@ class Handler(BaseHTTPRequestHandler):
             if not self.refuses(writes=False):
                 self.answer(200, {"type": "user", "name": "user", "orgs": [{"name": "team", "type": "org"}]})
         elif match := re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)(?:/(revision|tree)/([^/]+))?", path):
-            self.describe(match[1], match[2], match[3] or "main")
+            self.describe(match[1], match[2], unquote(match[3] or "main"))
         elif match := re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path):
-            self.resolve(match[1], match[2], match[3])
+            self.resolve(match[1], unquote(match[2]), match[3])
         else:
             self.answer(404, {"error": path})
 
@@ -141,7 +142,8 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(name)
         files = None if repo is None else repo.files(revision)
         if repo is None or files is None:
-            self.answer(401 if repo is None else 404, {"error": "no"}, X_Error_Code="RepoNotFound")
+            code = "RepoNotFound" if repo is None else "RevisionNotFound"
+            self.answer(401 if repo is None else 404, {"error": "no"}, X_Error_Code=code)
         elif path not in files:
             self.answer(404, {"error": path}, X_Error_Code="EntryNotFound", X_Repo_Commit=repo.commit(revision))
         else:
