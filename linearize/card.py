@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from linearize.fingerprint import pinned
 from linearize.recipe import Recipe
 from linearize.stages import StageConfig
 
@@ -74,7 +75,7 @@ Check it with `linearize doctor {place}`.
 {command}
 ```
 
-Versions: {versions}. Recipe hash {digest}; the full recipe is `recipe.yaml`, every number is in `metrics.json`.
+{exact}Versions: {versions}. Recipe hash {digest}; the full recipe is `recipe.yaml`, every number is in `metrics.json`.
 """
 
 
@@ -120,10 +121,16 @@ def model_card(recipe: Recipe, metrics: Mapping[str, Any], place: str = PLACE) -
         length=max(stage.length for stage in recipe.stages),
         place=place,
         command=metrics["command"],
+        exact=_exact(metrics["model"], pinned(metrics["model"], teacher)),
         versions=", ".join(f"{name} {number}" for name, number in versions),
         digest=metrics["recipe_hash"],
     )
     return without_folders(card, paths_said(metrics))
+
+
+def _exact(model: str, exact: str) -> str:
+    """How to ask for the teacher's weights when its name may stand for others."""
+    return "" if exact == model else f"`--model {exact}` names these weights of the teacher for good.\n\n"
 
 
 def paths_said(metrics: Mapping[str, Any]) -> list[str]:

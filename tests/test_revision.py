@@ -228,7 +228,12 @@ def test_a_pinned_run_says_so_everywhere(
         assert facts["command"].startswith("linearize convert --model owner/tiny@v1 ")
         assert (facts["teacher"]["name"], facts["teacher"]["revision"]) == ("owner/tiny", published.first)
     card = Path("student/README.md").read_text()
-    for said in ("base_model: owner/tiny\n", f"revision | {published.first} |", "--model owner/tiny@v1 "):
+    for said in (
+        "base_model: owner/tiny\n",
+        f"revision | {published.first} |",
+        "--model owner/tiny@v1 ",
+        f"`--model owner/tiny@{published.first}` names",
+    ):
         assert said in card
     assert teacher_of("student") == f"owner/tiny@{published.first}"  # what eval and speed put beside it
     weights = load_file("student/model.safetensors")["model.embed_tokens.weight"]
