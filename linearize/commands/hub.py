@@ -23,7 +23,7 @@ def push(
     path: Annotated[Path, typer.Argument(help="The student's folder.")],
     repo: Annotated[str, typer.Argument(help="owner/name on the Hub.")],
     private: PrivateOption = None,
-    revision: Annotated[str | None, typer.Option(help="A branch; it is made where it does not exist.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch of the student; made where there is none.")] = None,
     accept_license: AcceptLicenseOption = False,
     update: Annotated[bool, typer.Option("--update", help="Write into a repository that exists.")] = False,
 ) -> None:
