@@ -71,7 +71,7 @@ class Push:
     Attributes:
         folder: a student with its card and metrics, as `convert` leaves it.
         repo: owner/name.
-        private: None = private where the teacher is gated.
+        private: None = private where the teacher is gated, or where that is unknown.
         revision: a branch; None = main.
         accept_license: go on though the teacher's licence is unknown, or may forbid it.
         update: write into a repository that exists.
@@ -119,8 +119,8 @@ def push(job: Push, say: Callable[[str], None]) -> str:
     metrics = _metrics(job.folder)
     _check_license(job, metrics["teacher"], say)
     check_account(job.repo)
-    gated = metrics["teacher"].get("gated", True)  # runs before this was noted: nobody knows
-    private = gated if job.private is None else job.private
+    open_teacher = metrics["teacher"].get("gated") is False  # unknown: of a cached one, in runs before this was noted
+    private = not open_teacher if job.private is None else job.private
     with _said(job.repo), tempfile.TemporaryDirectory(prefix="linearize-push-") as work:
         staged = _stage(job, metrics, Path(work))
         _make_repo(job, private)

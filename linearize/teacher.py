@@ -54,7 +54,7 @@ class Teacher:
     attention: str  # the attention implementation, and why that one
     hub: str | None = None
     languages: tuple[str, ...] = ()
-    gated: bool = False
+    gated: bool | None = False  # None: unknown
 
 
 def load_teacher(

@@ -85,7 +85,7 @@ class Checkpoint:
     license: str | None = None
     hub: str | None = None  # its Hub id, also where the files came from elsewhere
     languages: tuple[str, ...] = ()
-    gated: bool = False  # the Hub asks everyone who fetches it to agree to something
+    gated: bool | None = False  # the Hub asks all who fetch it to agree to something; None: it could not be asked
 
 
 def known_models() -> tuple[str, ...]:
@@ -205,7 +205,7 @@ def _from_hub(repo: str, revision: str | None) -> Checkpoint:
         reason = "HF_HUB_OFFLINE is set." if hub_constants.HF_HUB_OFFLINE else refusal.problem
         log.warning("using the copy of %s in the local Hub cache: %s", repo, reason)
         return Checkpoint(
-            cached, repo, f"{repo}@{cached.name} from the local Hub cache", revision=cached.name, hub=repo
+            cached, repo, f"{repo}@{cached.name} from the local Hub cache", revision=cached.name, hub=repo, gated=None
         )
     try:
         # By the revision's name, not by commit: this also records in the cache which commit the name stood for.

