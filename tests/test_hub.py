@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from linearize.export import export_student, load_student
 from linearize.hub import Push, check_account, push
 from linearize.recipe import Recipe, load_recipe
 from linearize.surgery import graft, plan_surgery
-from tests.hub_server import READ_ONLY, TOKEN, Hub, running_hub
+from tests.hub_server import READ_ONLY, TOKEN, Hub, nobody_there, running_hub
 from tests.metrics_of_a_run import METRICS
 
 
@@ -85,7 +86,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
-        monkeypatch.setattr(_http.time, "sleep", lambda _seconds: None)
+        # the name in that module, not `time.sleep`: other threads sleep too
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _seconds: None))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
 
@@ -278,9 +280,11 @@ def test_refusals(
 
 
 def test_no_network(student: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match=r"127.0.0.1:9/user/student: the connection broke: .*Repeat the command"):
-        check_account("user/student")
+    with nobody_there() as gone:
+        monkeypatch.setattr(constants, "ENDPOINT", gone)
+        said = f"{gone.removeprefix('http://')}/user/student: the connection broke: .*Repeat the command"
+        with pytest.raises(HubError, match=said):
+            check_account("user/student")
 
 
 def test_what_is_no_student(hub: Hub, student: Path, tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -16,6 +15,8 @@ from typing import ClassVar
 
 import pytest
 from transformers import T5Config
+
+from tests.hub_server import nobody_there
 
 REPO = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -119,12 +120,6 @@ def hub(llama_folder: Path) -> Iterator[str]:
     server.server_close()
 
 
-def closed_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
-
-
 def test_hub_answers_and_then_goes_away(hub: str, llama_folder: Path, tmp_path: Path) -> None:
     names = ["good", "gated", "absent", "broken", "badtoken", "onlygguf", "encdec"]
     answers = ask_in_a_fresh_process(hub, [f"owner/{name}" for name in names], tmp_path)
@@ -147,11 +142,11 @@ def test_hub_answers_and_then_goes_away(hub: str, llama_folder: Path, tmp_path: 
     fetched = {path.rsplit("/", 1)[1] for path in StandInHub.paths if path.startswith("/owner/encdec/resolve/")}
     assert fetched == {"config.json"}
 
-    gone, offline = closed_port(), True
-    down = ask_in_a_fresh_process(gone, ["owner/good", "owner/gated"], tmp_path)
+    with nobody_there() as gone:
+        down = ask_in_a_fresh_process(gone, ["owner/good", "owner/gated"], tmp_path)
+        told = ask_in_a_fresh_process(gone, ["owner/good", "owner/gated"], tmp_path, offline=True)
     assert down[0]["origin"] == f"owner/good@{COMMIT} from the local Hub cache"
     assert f"could not fetch 'owner/gated' from {gone}: ConnectError" in down[1]["error"]
     assert max(answer["seconds"] for answer in down) < 10
-    told = ask_in_a_fresh_process(gone, ["owner/good", "owner/gated"], tmp_path, offline)
     assert told[0]["revision"] == COMMIT
     assert "is not in the local Hub cache and HF_HUB_OFFLINE is set" in told[1]["error"]
