@@ -18,6 +18,10 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: its interpreter then runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if asked := os.environ.keys() & {"COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"}:
+    for name in asked:  # before anything imports Rich or Typer: they would lay text out and colour it as these ask
+        del os.environ[name]
+
 from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
