@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,11 @@ import torch
 if not torch.cuda.is_available():  # before anything imports Triton: its interpreter then runs the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+if asked := os.environ.keys() & {"COLUMNS", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TERMINAL_WIDTH"}:
+    for name in asked:  # before anything imports Rich or Typer: they would lay text out and colour it as these ask
+        del os.environ[name]
+
+from rich.console import Console
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -26,7 +33,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from linearize.job import Conversion
+from linearize.pipeline import Converted, convert
 from linearize.stages import Batch
+from tests.short_runs import short_conversion
+from tests.tiny_llama import tiny_model, tiny_tokenizer, write_gguf
 
 VOCABULARY = 97
 CLASSES: dict[str, tuple[Any, Any]] = {
@@ -156,6 +167,45 @@ def teacher_folder(make_teacher, tmp_path_factory) -> Path:
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
     make_teacher(vocab_size=257, eos_token_id=0, bos_token_id=0).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def short_job(teacher_folder: Path, text_file: Path, tmp_path: Path) -> Callable[..., Conversion]:
+    """A function that describes a conversion of a few steps into a folder of the test's own."""
+
+    def make(out: str = "student", *overrides: str, resume: bool = False, overwrite: bool = False) -> Conversion:
+        short = short_conversion(teacher_folder, text_file, tmp_path / out, *overrides)
+        return replace(short, resume=resume, overwrite=overwrite)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def converted(teacher_folder: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Converted:
+    """A student that keeps softmax in one layer of three. Its folder is not to be changed."""
+    out = tmp_path_factory.mktemp("out") / "student"
+    return convert(short_conversion(teacher_folder, text_file, out, "keep_softmax=[1]"), Console(quiet=True))
+
+
+@pytest.fixture(scope="session")
+def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Not to be written to; `llama_copy` may be."""
+    path = tmp_path_factory.mktemp("llama") / "tiny-llama"
+    tiny_model().save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def llama_copy(llama_folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(llama_folder, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def gguf_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "tiny.F32.gguf"
+    write_gguf(path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from linearize.attention import teacher_rows
 from linearize.mixers import HeadInputs, HeadShapes, MixerConfig, MixerState, StudentMixer
 from linearize.mixers.base import RowWeights
 from linearize.mixers.hedgehog import HedgehogConfig
+from linearize.modeling import STUDENT_CLASSES, student_config
 from linearize.stages import Batch, Stage
 from linearize.surgery import Graft, KeepSoftmax, graft, plan_surgery, with_frozen_teacher
 
@@ -49,6 +50,13 @@ def stir(model: PreTrainedModel) -> None:
     torch.manual_seed(4)
     for parameter in lora_parameters(model).values():
         nn.init.normal_(parameter, std=0.2)
+
+
+def as_exported(grafted: Graft, mixer: MixerConfig) -> PreTrainedModel:
+    """The student class with a graft's weights."""
+    model = STUDENT_CLASSES["llama"][1](student_config(grafted.model.config, mixer, tuple(grafted.students)))
+    model.load_state_dict(grafted.model.state_dict())
+    return model.eval()
 
 
 def run(stage: Stage, batch: Batch, model: PreTrainedModel) -> tuple[dict[str, float], dict[str, Tensor]]:

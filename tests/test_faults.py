@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from linearize import checkpoint
 from linearize.checkpoint import STUDENT, TRAINER, list_checkpoints, load_latest
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.job import Conversion
@@ -84,6 +85,14 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_a_disk_that_fills_up(job, small_disk, undisturbed, monkeypatch):
     job = replace(job, out=small_disk / "student")
+    plain, saves = checkpoint.save_file, []
+
+    def fill_first(*arguments) -> None:
+        """While a checkpoint begins to be written: no other one is removed then, which would make room."""
+        saves.append(arguments)
+        if len(saves) == 4:
+            fill()
+        plain(*arguments)
 
     def fill() -> None:
         with suppress(OSError), open(small_disk / "ballast", "wb", buffering=0) as ballast:
@@ -92,7 +101,7 @@ def test_a_disk_that_fills_up(job, small_disk, undisturbed, monkeypatch):
         assert shutil.disk_usage(small_disk).free == 0
 
     with monkeypatch.context() as patch:
-        at_call(patch, 4, fill)
+        patch.setattr(checkpoint, "save_file", fill_first)
         with pytest.raises((RunError, OSError), match="No space left"):
             convert(job, QUIET)
     latest = load_latest(small_disk / "student" / "run")

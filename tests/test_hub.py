@@ -10,52 +10,27 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard, constants, repocard
+from huggingface_hub import constants
 from huggingface_hub.utils import _http
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from linearize import pipeline, tables
-from linearize.card import PLACE, metadata, model_card
+from linearize.card import PLACE, model_card
 from linearize.cli import main
 from linearize.errors import HubError
 from linearize.export import export_student, load_student
 from linearize.hub import Push, check_account, push
 from linearize.recipe import Recipe, load_recipe
 from linearize.surgery import graft, plan_surgery
-from tests.hub_server import READ_ONLY, TOKEN, Hub, running_hub
-
-METRICS: dict[str, Any] = {
-    "model": "smollm2",
-    "teacher": {
-        "name": "owner/teacher",
-        "origin": "owner/teacher@abc from the Hugging Face Hub",
-        "revision": "abc",
-        "sha256": None,
-        "license": "apache-2.0",
-        "hub": "owner/teacher",
-        "languages": ["en"],
-        "gated": False,
-        "attention": "sdpa",
-    },
-    "recipe": "swa-sink",
-    "recipe_hash": "0123",
-    "text": {"name": "owner/text", "fingerprint": "x", "epochs": 1.0, "dataset": "owner/text"},
-    "device": "cpu",
-    "precision": "fp32",
-    "seed": 0,
-    "versions": {"linearize": "0.1.0"},
-    "command": "linearize convert --model smollm2 --recipe swa-sink --out out",
-    "perplexity": [{"source": "held-out", "length": 512, "teacher": 10.0, "student": 12.0, "ratio": 1.2}],
-    "untrained": {},
-    "stages": [{"name": "transfer", "seconds": 3.0}],
-}
+from tests.hub_server import READ_ONLY, TOKEN, Hub, nobody_there, running_hub
+from tests.metrics_of_a_run import METRICS
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +86,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
         monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "no-tokens"))
-        monkeypatch.setattr(_http.time, "sleep", lambda _seconds: None)
+        # the name in that module, not `time.sleep`: other threads sleep too
+        monkeypatch.setattr(_http, "time", SimpleNamespace(sleep=lambda _seconds: None))
         monkeypatch.setenv("HF_TOKEN", TOKEN)
         yield running
 
@@ -307,9 +283,11 @@ def test_refusals(
 
 
 def test_no_network(student: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(HubError, match=r"127.0.0.1:9/user/student: the connection broke: .*Repeat the command"):
-        check_account("user/student")
+    with nobody_there() as gone:
+        monkeypatch.setattr(constants, "ENDPOINT", gone)
+        said = f"{gone.removeprefix('http://')}/user/student: the connection broke: .*Repeat the command"
+        with pytest.raises(HubError, match=said):
+            check_account("user/student")
 
 
 def test_what_is_no_student(hub: Hub, student: Path, tmp_path: Path) -> None:
@@ -351,40 +329,6 @@ def test_the_token_is_nowhere(
         assert token not in printed
         assert token not in caplog.text
         assert not any(token.encode() in content for content in [*written, *uploaded])
-
-
-def test_the_card_is_valid(hub: Hub, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By huggingface_hub's own reading; its validate() asks a hub, before its version 2 always the real one."""
-    session = repocard.get_session
-
-    class Here:
-        def post(self, url: str, **named: Any) -> Any:
-            return session().post(hub.endpoint + urlsplit(url).path, **named)
-
-    monkeypatch.setattr(repocard, "get_session", Here)
-    card = ModelCard(model_card(recipe, METRICS, "user/student"))
-    card.validate()
-    data = card.data
-    assert data.base_model == "owner/teacher"
-    assert data.license == "apache-2.0"
-    assert data.language == ["en"]
-    assert data.datasets == ["owner/text"]
-    assert {"linearize", "linear-attention", "swa"} <= set(data.tags)
-    (result,) = data.eval_results
-    assert (result.metric_type, result.metric_value, result.dataset_type) == ("perplexity", 12.0, "held-out")
-    text = card.text
-    for part in (METRICS["command"], "arxiv.org/abs/2309.17453", "| held-out | 512 | 10.00 | 12.00 | 1.20 |", "abc"):
-        assert part in text
-    assert f"| tokens trained | {recipe.tokens:,} |" in text
-
-
-def test_a_card_of_which_little_is_known(recipe: Recipe) -> None:
-    teacher = {**METRICS["teacher"], "hub": None, "license": None, "languages": [], "revision": None, "sha256": "ff"}
-    metrics = {**METRICS, "teacher": teacher, "text": {**METRICS["text"], "dataset": None}, "perplexity": []}
-    said = metadata(recipe, metrics).to_dict()
-    assert said.keys() == {"library_name", "pipeline_tag", "tags"}
-    card = ModelCard(model_card(recipe, metrics))
-    assert "licence | unknown" in card.text
 
 
 def test_convert_and_push(

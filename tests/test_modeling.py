@@ -21,7 +21,9 @@ from linearize.errors import LinearizeError, RunError, SurgeryError
 from linearize.export import load_student
 from linearize.mixers.hedgehog import HedgehogConfig
 from linearize.modeling import STUDENT_CLASSES, student_config
+from linearize.recipe import load_recipe, recipe_names
 from linearize.surgery import Graft, KeepSoftmax, graft, plan_surgery
+from tests.grafts import as_exported
 
 MIXER = HedgehogConfig(normalisation="exp", features=6, bias=True)
 MakeTeacher = Callable[..., PreTrainedModel]
@@ -256,3 +258,25 @@ model.save_pretrained(sys.argv[3])
     expected = logits(load_student(folder), ids)
     torch.testing.assert_close(torch.load(tmp_path / "tensor.pt"), expected)
     assert torch.equal(logits(load_student(again), ids), expected)
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_initial_values_survive_construction_and_loading(name: str, make_teacher: MakeTeacher, tmp_path: Path) -> None:
+    """transformers' post_init would set every Linear anew, and does so without a word."""
+    recipe, starts = load_recipe(name), []
+    for seed in (0, 1):
+        model = make_teacher()
+        torch.manual_seed(seed)
+        grafted = graft(model, plan_surgery(model, recipe.mixer))
+        starts.append({path: parameter.clone() for path, parameter in grafted.mixer_parameters().items()})
+    config = student_config(model.config, recipe.mixer, tuple(grafted.students))
+    fresh = dict(STUDENT_CLASSES["llama"][1](config).named_parameters())
+    for path, start in starts[0].items():
+        if torch.equal(start, starts[1][path]):  # the same whatever the seed
+            assert torch.equal(fresh[path], start), path
+        elif start.numel() >= 500:
+            assert 0.8 < fresh[path].std() / start.std() < 1.25, path
+    student = as_exported(grafted, recipe.mixer)
+    student.save_pretrained(tmp_path)
+    loaded = dict(AutoModelForCausalLM.from_pretrained(tmp_path).named_parameters())
+    assert all(torch.equal(loaded[path], start) for path, start in starts[1].items())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
@@ -50,16 +49,13 @@ SETTINGS = (
 )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def together(count: int, action: Callable[[int], None]) -> list[int]:
-    """Run `action(rank)` in that many processes that know of each other; their exit codes."""
-    port = free_port()
+    """Run `action(rank)` in that many processes that know of each other; their exit codes.
+
+    They meet in a store of this process, as torchrun's workers do in their agent's. It binds a free port at once: one
+    that was only looked up, for a child to bind later, could be another's by then.
+    """
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     children = []
     for rank in range(count):
         child = os.fork()
@@ -68,7 +64,8 @@ def together(count: int, action: Callable[[int], None]) -> list[int]:
             try:
                 where = {
                     "MASTER_ADDR": "127.0.0.1",
-                    "MASTER_PORT": port,
+                    "MASTER_PORT": store.port,
+                    "TORCHELASTIC_USE_AGENT_STORE": True,
                     "WORLD_SIZE": count,
                     "LOCAL_WORLD_SIZE": count,
                 }
@@ -294,7 +291,7 @@ def test_accelerate_takes_the_launch_files(job, alone, name):
         "--num_processes",
         "2",
         "--main_process_port",
-        str(free_port()),
+        "0",  # a free one
         "-m",
         "linearize.cli",
         "convert",

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_processes import QUIET, SETTINGS, assert_same, together
-from test_teacher import write_gguf
 from tiny_families import tiny_teacher
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -37,6 +36,7 @@ from linearize.sharding import free_weights, load_sharded_student, load_sharded_
 from linearize.surgery import decoder_layers, graft, plan_surgery
 from linearize.target_cache import teacher_digest
 from linearize.teacher import load_teacher, load_tokenizer
+from tests.tiny_llama import write_gguf
 
 CPU = torch.device("cpu")
 SMALL = 2**16
