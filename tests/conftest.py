@@ -98,6 +98,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_proxy_between() -> Iterator[None]:
+    """Stand-in servers are on this machine; a proxy that the user's environment names knows nothing of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("NO_PROXY", "no_proxy"):
+            patch.setenv(name, f"{os.environ.get(name, '')},127.0.0.1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def make_teacher() -> Callable[..., PreTrainedModel]:
     """A function that builds a tiny random teacher whose attention is far from flat."""

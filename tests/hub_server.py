@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import os
 import re
 import socket
 import threading
@@ -12,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
@@ -266,6 +268,16 @@ def running_hub() -> Iterator[Hub]:
     finally:
         server.shutdown()
         server.server_close()
+
+
+def asking(endpoint: str, home: Path) -> dict[str, str]:
+    """The environment of a process that asks this Hub: without the user's tokens, caches and proxies, and not offline.
+
+    The Hub's library reads HF_ENDPOINT when it is imported, so each endpoint needs its own process.
+    """
+    private = ("HF_", "HUGGING", "XDG_", "TRANSFORMERS_", "HTTP", "ALL_PROXY", "http", "all_proxy")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(private)}
+    return kept | {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import ClassVar
 import pytest
 from transformers import T5Config
 
-from tests.hub_server import nobody_there
+from tests.hub_server import asking, nobody_there
 
 REPO = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -38,11 +38,8 @@ for name in sys.argv[1:]:
 
 
 def ask_in_a_fresh_process(endpoint: str, names: list[str], home: Path, offline: bool = False) -> list[dict]:
-    """The Hub's library reads HF_ENDPOINT when it is imported, so each endpoint needs its own process."""
-    private = ("HF_", "HUGGING", "XDG_", "TRANSFORMERS_", "HTTP", "ALL_PROXY", "http", "all_proxy")
-    env = {key: value for key, value in os.environ.items() if not key.startswith(private)}
-    env |= {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_TOKEN": "hf_secret", "HF_HUB_DISABLE_XET": "1"}
-    env |= {"PYTHONPATH": os.pathsep.join([str(REPO), str(REPO / "kernels")]), "HF_HUB_OFFLINE": str(int(offline))}
+    env = asking(endpoint, home) | {"HF_TOKEN": "hf_secret", "HF_HUB_OFFLINE": str(int(offline))}
+    env["PYTHONPATH"] = os.pathsep.join([str(REPO), str(REPO / "kernels")])
     done = subprocess.run([sys.executable, "-c", CHILD, *names], env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "hf_secret" not in done.stdout + done.stderr
