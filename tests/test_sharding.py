@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from test_processes import QUIET, SETTINGS, assert_same, together
-from test_teacher import write_gguf
+from test_teacher import write_gguf, write_gpt2_gguf
 from tiny_families import tiny_teacher
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -155,10 +155,12 @@ def test_no_process_but_the_main_one_reads_weights_or_holds_them_all(folder_of):
 
 
 def test_dtypes_and_files_are_those_of_one_process(tmp_path, folder_of):
-    """A GGUF file that is unpacked into bf16; a folder in fp32 that is read in bf16."""
+    """GGUF files that are unpacked into bf16; a folder in fp32 that is read in bf16."""
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
-    names = str(file), folder_of("gemma2")
+    turned = tmp_path / "gpt2.gguf"
+    write_gpt2_gguf(turned)
+    names = str(file), str(turned), folder_of("gemma2")
 
     def run(rank: int) -> None:
         processes = joined(rank)
