@@ -64,9 +64,9 @@ class Held(TorchDispatchMode):
         return result
 
 
-def joined(rank: int) -> Processes:
+def joined(rank: int, count: int = 2) -> Processes:
     dist.init_process_group("gloo")
-    return Processes(rank, 2, dist.new_group(backend="gloo"))
+    return Processes(rank, count, dist.new_group(backend="gloo"))
 
 
 def nbytes(tensors) -> int:
@@ -132,6 +132,20 @@ def test_processes_share_the_teacher_of_every_family(folder_of):
     assert together(2, run) == [0, 0]
 
 
+def test_a_process_may_have_no_part_of_a_weight(folder_of):
+    """Four experts over five processes, and rows that five does not divide."""
+    folder = folder_of("mixtral")
+
+    def run(rank: int) -> None:
+        model, alone = load_sharded_teacher(folder, torch.float32, CPU, joined(rank, 5)).model, load_teacher(folder)
+        assert (rank < 4) == all(p.to_local().numel() for p in decoder_layers(model).parameters())
+        assert_same_model(model, alone.model)
+        assert teacher_digest(model) == teacher_digest(alone.model)
+        free_weights(model)
+
+    assert together(5, run) == [0] * 5
+
+
 def test_no_process_but_the_main_one_reads_weights_or_holds_them_all(folder_of):
     folder = folder_of("llama", num_hidden_layers=8)
     whole = nbytes(load_teacher(folder).model.parameters())
@@ -148,6 +162,7 @@ def test_no_process_but_the_main_one_reads_weights_or_holds_them_all(folder_of):
         assert held.now < nbytes([*local, *model.buffers()]) + SMALL  # also where the main process read it all
         if rank == 1:
             assert nbytes(local) < held.most < nbytes([*local, *model.buffers()]) + largest + SMALL < 0.75 * whole
+        teacher_digest(model)  # reads them all, and lays hold of none
         free_weights(model)
         assert held.now < SMALL
 
