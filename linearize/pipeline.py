@@ -128,9 +128,10 @@ def _choose_machine(job: Conversion, recipe: Recipe, folder: RunFolder, console:
 
 def _find_teacher(job: Conversion, split: Split, folder: RunFolder) -> tuple[Checkpoint, str]:
     """The teacher's files, and their fingerprint: all who read them must have it, and what the run began with."""
+    began = folder.facts().get("teacher", {}).get("revision")  # a Hub id may stand for another commit by now
 
     def find() -> tuple[Checkpoint, str]:
-        checkpoint = find_checkpoint(job.model)
+        checkpoint = find_checkpoint(job.model, began)
         return checkpoint, fingerprint_of(checkpoint)
 
     checkpoint, weights = folder.processes.on_main(find) if split == "fsdp" else find()

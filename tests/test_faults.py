@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
+from linearize import teacher_files
 from linearize.checkpoint import STUDENT, TRAINER, list_checkpoints, load_latest
 from linearize.errors import NonFiniteLossError, RunError, RunInterrupted
 from linearize.job import Conversion
@@ -23,6 +24,7 @@ from linearize.metrics import TIMING_FIELDS, read_metrics
 from linearize.pipeline import convert
 from linearize.run_folder import open_run_folder
 from linearize.stages.transfer import Transfer
+from linearize.teacher_files import Checkpoint
 
 QUIET = Console(quiet=True)
 SETTINGS = (
@@ -166,6 +168,33 @@ def test_the_teacher_s_weights_changed_between_two_runs(job, teacher_folder, tmp
             convert(replace(job, resume=True), QUIET)
     save_file(weights, teacher / "model.safetensors", metadata={"format": "pt"})  # other bytes in its header
     convert(replace(job, resume=True), QUIET)
+
+
+def test_a_hub_model_got_another_commit_between_two_runs(job, teacher_folder, tmp_path, monkeypatch):
+    """The run goes on with the commit that it began with, which the Hub keeps."""
+    other, commits = tmp_path / "other", {"a" * 40: teacher_folder}
+    shutil.copytree(teacher_folder, other)
+    weights = load_file(other / "model.safetensors")
+    save_file({name: w * 1.01 for name, w in weights.items()}, other / "model.safetensors", metadata={"format": "pt"})
+
+    def from_hub(repo: str, revision: str | None) -> Checkpoint:
+        commit = revision or list(commits)[-1]
+        return Checkpoint(commits[commit], repo, f"{repo}@{commit}", revision=commit, hub=repo)
+
+    monkeypatch.setattr(teacher_files, "_from_hub", from_hub)
+    job = replace(job, model="owner/name")
+    with monkeypatch.context() as patch:
+        at_call(patch, 3, lambda: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(job, QUIET)
+    commits["b" * 40] = other
+    convert(replace(job, resume=True), QUIET)
+    assert f"owner/name@{'a' * 40}" in (Path(job.out) / "run" / "run.json").read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("linearize.pipeline.load_teacher", None)
+        patch.setattr(teacher_files, "_from_hub", lambda repo, _: from_hub(repo, None))
+        with pytest.raises(RunError, match=r"began with other weights of owner/name: commit a+ .*; now .* commit b+"):
+            convert(replace(job, resume=True), QUIET)
 
 
 def test_two_runs_on_one_folder(job):
