@@ -28,8 +28,9 @@ from linearize_kernels.backend import device_kind
 WIDEST_HEAD = 256
 OLDEST = (8, 0)  # compute capability
 SHORTEST = 128
-"""Tokens of a document, on average over a micro-batch, from which on the kernel is worth it. It pads documents to
-blocks of as many in its backward pass, and starts a program for each block that the longest document could have.
+"""Tokens of a document, on average over a micro-batch and with those that fill its shape (`with_starts`), from which
+on the kernel is worth it. It pads documents to blocks of as many in its backward pass, and starts a program for each
+block that the longest document could have.
 """
 
 HALVES = (torch.bfloat16, torch.float16)
