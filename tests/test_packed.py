@@ -263,9 +263,11 @@ def test_where_it_cannot_be(make_teacher: Callable[..., PreTrainedModel], monkey
     assert not able(eager)
     assert not able(tiny_teacher("qwen3"))  # slides
     assert not able(tiny_teacher("stablelm"))  # its layers keep to themselves what they do not know
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
-    assert not able(make_teacher())
+    for capability, built, expected in (((8, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda found=built: found)
+        assert able(make_teacher()) == expected
 
 
 @pytest.mark.parametrize("groups", [pytest.param(groups, marks=gpu) for groups in (1, 3)])
