@@ -352,7 +352,9 @@ class Share:
         if not self.by_layers:
             return own
         parts: list[Any] | None = [None] * self.processes.count if self.processes.main else None
-        dist.gather_object(own["state"], parts, dst=0, group=self.processes.control)
+        # in host memory: the tensors of a GPU would arrive on that very GPU
+        sent = {index: {name: value.cpu() for name, value in held.items()} for index, held in own["state"].items()}
+        dist.gather_object(sent, parts, dst=0, group=self.processes.control)
         state: dict[int, Any] = {}
         for rank, part in enumerate(parts or []):
             before = sum(len(names) for names in self.names[:rank])

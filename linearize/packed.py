@@ -28,8 +28,9 @@ from linearize_kernels.backend import device_kind
 WIDEST_HEAD = 256
 OLDEST = (8, 0)  # compute capability
 SHORTEST = 128
-"""Tokens of a document, on average over a micro-batch, from which on the kernel is worth it. It pads documents to
-blocks of as many in its backward pass, and starts a program for each block that the longest document could have.
+"""Tokens of a document, on average over a micro-batch and with those that fill its shape (`with_starts`), from which
+on the kernel is worth it. It pads documents to blocks of as many in its backward pass, and starts a program for each
+block that the longest document could have.
 """
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -116,11 +117,14 @@ def _able(graft: Graft, computes: torch.dtype) -> bool:
     model = graft.observed.model
     config, weight = model.config, model.get_input_embeddings().weight  # which no stream moves
     assert isinstance(weight, Tensor)
-    old = weight.is_cuda and torch.cuda.get_device_capability(weight.device) < OLDEST
+    lacks = weight.is_cuda and not (
+        torch.backends.cuda.is_flash_attention_available()  # some builds of torch have the operation, but no kernel
+        and torch.cuda.get_device_capability(weight.device) >= OLDEST
+    )
     heads = [student.shapes for student in graft.students.values()]
     return (
         device_kind(weight) == "cuda"
-        and not old
+        and not lacks
         and computes in HALVES
         and config._attn_implementation == "sdpa"
         and not sliding_layers(model)

@@ -39,9 +39,9 @@ def load_sharded_teacher(
     Raises:
         TeacherError: as `load_teacher`, on the main process; MainFailed on the others.
     """
-    whole: list[Teacher] = []
+    whole: list[Teacher] = []  # not what is returned: that goes to all processes
     processes.on_main(lambda: whole.append(load_teacher(model, dtype=dtype, device=device, in_host_memory=True)))
-    teacher = processes.on_main(lambda: _teacher_without_weights(whole[0]))
+    teacher = processes.on_main(lambda: replace(whole[0], model=without_weights(whole[0].model)))
     _share_weights(teacher.model, [read.model for read in whole], device, processes)
     return teacher
 
@@ -52,7 +52,7 @@ def load_sharded_student(folder: Path, device: torch.device, processes: Processe
     Raises:
         RunError: as `load_student`, on the main process; MainFailed on the others.
     """
-    whole: list[PreTrainedModel] = []
+    whole: list[PreTrainedModel] = []  # as above
     processes.on_main(lambda: whole.append(load_student(folder)))
     student = processes.on_main(lambda: without_weights(whole[0]))
     _share_weights(student, whole, device, processes)
@@ -95,10 +95,6 @@ def free_weights(model: nn.Module) -> None:
     for parameter in model.parameters():
         held = parameter.to_local() if isinstance(parameter, DTensor) else parameter.data
         held.untyped_storage().resize_(0)
-
-
-def _teacher_without_weights(teacher: Teacher) -> Teacher:
-    return replace(teacher, model=without_weights(teacher.model))
 
 
 @torch.no_grad()

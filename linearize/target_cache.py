@@ -77,7 +77,8 @@ def teacher_digest(model: PreTrainedModel) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         found.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         whole: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor  # of shards all must ask
-        found.update(whole.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        held = whole.detach().to("cpu", copy=True)  # numpy would lay hold of the weight's own memory for good
+        found.update(held.contiguous().flatten().view(torch.uint8).numpy().data)
     return found.hexdigest()
 
 

@@ -189,6 +189,9 @@ def _load_weights(
     if missing:
         problem = f"has no weights for {len(missing)} tensors, such as {missing[0]}."
         raise TeacherError(problem, place=place, remedy="They would be random; pass a complete checkpoint.")
+    if checkpoint.gguf is not None:  # its reader leaves GPT-2's transposed, and processes can share no such weights
+        for parameter in model.parameters():
+            parameter.data = parameter.data.contiguous()
     return model
 
 

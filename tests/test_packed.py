@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_families import tiny_teacher
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedModel
 
 from linearize import packed
@@ -140,6 +141,68 @@ def test_stages_learn_the_same(
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-6)
 
 
+def in_place_of_the_kernel(
+    q_LHK: Tensor,
+    k_LGK: Tensor,
+    v_LGV: Tensor,
+    starts_S: Tensor,
+    key_starts_S: Tensor,
+    longest: int,
+    longest_keys: int,
+    *,
+    window_size: tuple[int, int],
+    scale: float | None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What `varlen_attn` computes, document by document, after what it wants of its arguments."""
+    assert starts_S is key_starts_S
+    assert starts_S.dtype == torch.int32
+    assert (starts_S[0], starts_S[-1], window_size) == (0, len(q_LHK), (-1, 0))
+    assert int(starts_S.diff().max()) <= longest == longest_keys
+    assert enable_gqa or q_LHK.shape[1] == k_LGK.shape[1]
+    assert all(head.stride(-1) == 1 for head in (q_LHK, k_LGK, v_LGV))
+    mixed = [
+        scaled_dot_product_attention(
+            *(head[start:end].transpose(0, 1) for head in (q_LHK, k_LGK, v_LGV)),
+            is_causal=True,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        ).transpose(0, 1)
+        for start, end in pairwise(starts_S.tolist())
+        if end > start
+    ]
+    return torch.cat(mixed)
+
+
+@pytest.mark.parametrize("takes_groups", [True, False])
+@pytest.mark.parametrize("family", TOLD)
+def test_what_the_kernel_is_given(
+    family: str, takes_groups: bool, by_document: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another kernel in its place, on a CPU: outputs and gradients are those of softmax with a mask."""
+    plain = {"layer_types": ["full_attention"] * 3, "use_sliding_window": False, "sliding_window": None}
+    model = tiny_teacher(family, **{k: v for k, v in plain.items() if hasattr(tiny_teacher(family).config, k)})
+    model.requires_grad_(True)
+    grafted, batch = graft(model, plan_surgery(model, HedgehogConfig(), (0, 1, 2))), as_batch([[10, 1, 13], [24]])
+
+    def learnt(given: Batch) -> list[Tensor]:
+        model.zero_grad()
+        found = run_trunk(model, given, softmax_mask(model, given))
+        (found * torch.linspace(-1, 1, found.numel()).view_as(found)).sum().backward()
+        return [found.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = learnt(batch)
+    monkeypatch.setattr(packed, "varlen_attn", in_place_of_the_kernel)
+    monkeypatch.setattr(packed, "TAKES_GROUPS", takes_groups)
+    monkeypatch.setattr(packed, "HALVES", (torch.float32,))
+    with backend.standing_for("cuda"), softmax_by_document(grafted, "no"):
+        found = learnt(with_starts(batch))
+    assert by_document == []
+    assert len(found) == len(expected) > 1
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+
+
 def test_outside_and_without_documents_it_is_sdpa(
     make_teacher: Callable[..., PreTrainedModel], by_document: list[Tensor], make_tokens: Callable[..., Tensor]
 ) -> None:
@@ -200,9 +263,11 @@ def test_where_it_cannot_be(make_teacher: Callable[..., PreTrainedModel], monkey
     assert not able(eager)
     assert not able(tiny_teacher("qwen3"))  # slides
     assert not able(tiny_teacher("stablelm"))  # its layers keep to themselves what they do not know
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True)
-    assert not able(make_teacher())
+    for capability, built, expected in (((8, 0), True, True), ((7, 5), True, False), ((9, 0), False, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(torch.backends.cuda, "is_flash_attention_available", lambda found=built: found)
+        assert able(make_teacher()) == expected
 
 
 @pytest.mark.parametrize("groups", [pytest.param(groups, marks=gpu) for groups in (1, 3)])

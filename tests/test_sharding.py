@@ -36,7 +36,7 @@ from linearize.sharding import free_weights, load_sharded_student, load_sharded_
 from linearize.surgery import decoder_layers, graft, plan_surgery
 from linearize.target_cache import teacher_digest
 from linearize.teacher import load_teacher, load_tokenizer
-from tests.tiny_llama import write_gguf
+from tests.tiny_llama import write_gguf, write_gpt2_gguf
 
 CPU = torch.device("cpu")
 SMALL = 2**16
@@ -64,9 +64,9 @@ class Held(TorchDispatchMode):
         return result
 
 
-def joined(rank: int) -> Processes:
+def joined(rank: int, count: int = 2) -> Processes:
     dist.init_process_group("gloo")
-    return Processes(rank, 2, dist.new_group(backend="gloo"))
+    return Processes(rank, count, dist.new_group(backend="gloo"))
 
 
 def nbytes(tensors) -> int:
@@ -132,6 +132,20 @@ def test_processes_share_the_teacher_of_every_family(folder_of):
     assert together(2, run) == [0, 0]
 
 
+def test_a_process_may_have_no_part_of_a_weight(folder_of):
+    """Four experts over five processes, and rows that five does not divide."""
+    folder = folder_of("mixtral")
+
+    def run(rank: int) -> None:
+        model, alone = load_sharded_teacher(folder, torch.float32, CPU, joined(rank, 5)).model, load_teacher(folder)
+        assert (rank < 4) == all(p.to_local().numel() for p in decoder_layers(model).parameters())
+        assert_same_model(model, alone.model)
+        assert teacher_digest(model) == teacher_digest(alone.model)
+        free_weights(model)
+
+    assert together(5, run) == [0] * 5
+
+
 def test_no_process_but_the_main_one_reads_weights_or_holds_them_all(folder_of):
     folder = folder_of("llama", num_hidden_layers=8)
     whole = nbytes(load_teacher(folder).model.parameters())
@@ -148,6 +162,7 @@ def test_no_process_but_the_main_one_reads_weights_or_holds_them_all(folder_of):
         assert held.now < nbytes([*local, *model.buffers()]) + SMALL  # also where the main process read it all
         if rank == 1:
             assert nbytes(local) < held.most < nbytes([*local, *model.buffers()]) + largest + SMALL < 0.75 * whole
+        teacher_digest(model)  # reads them all, and lays hold of none
         free_weights(model)
         assert held.now < SMALL
 
@@ -155,10 +170,12 @@ def test_no_process_but_the_main_one_reads_weights_or_holds_them_all(folder_of):
 
 
 def test_dtypes_and_files_are_those_of_one_process(tmp_path, folder_of):
-    """A GGUF file that is unpacked into bf16; a folder in fp32 that is read in bf16."""
+    """GGUF files that are unpacked into bf16; a folder in fp32 that is read in bf16."""
     file = tmp_path / "tiny.gguf"
     write_gguf(file)
-    names = str(file), folder_of("gemma2")
+    turned = tmp_path / "gpt2.gguf"
+    write_gpt2_gguf(turned)
+    names = str(file), str(turned), folder_of("gemma2")
 
     def run(rank: int) -> None:
         processes = joined(rank)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from linearize.errors import TeacherError
 from linearize.teacher import load_teacher
-from tests.tiny_llama import TEMPLATE, TEXT, logits, tiny_model, tiny_tokenizer
+from tests.tiny_llama import TEMPLATE, TEXT, logits, tiny_model, tiny_tokenizer, write_gpt2_gguf
 
 
 def test_gguf_equals_the_model_it_was_written_from(gguf_file: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -41,6 +41,14 @@ def test_gguf_teacher_saves_and_reloads(gguf_file: Path, tmp_path: Path) -> None
     assert tokenizer.decode(expected) == TEXT
     assert tokenizer.chat_template == teacher.tokenizer.chat_template == TEMPLATE
     assert (tokenizer.eos_token, tokenizer.pad_token) == ("</s>", "</s>")
+
+
+def test_weights_of_a_gguf_file_are_contiguous(tmp_path: Path) -> None:
+    """The reader only turns GPT-2's: FSDP2 does not shard such weights, and NCCL does not send them."""
+    written = write_gpt2_gguf(tmp_path / "gpt2.gguf")
+    teacher = load_teacher(str(tmp_path / "gpt2.gguf"))
+    assert all(parameter.is_contiguous() for parameter in teacher.model.parameters())
+    torch.testing.assert_close(logits(teacher.model), logits(written))
 
 
 @pytest.mark.parametrize("size", [0, 3, 100, 30_000])

@@ -11,7 +11,10 @@ from linearize.commands.options import log_console, out_console
 
 PrivateOption = Annotated[
     bool | None,
-    typer.Option("--private/--public", help="Who may see it; default: private where the teacher is gated, or where nobody could ask."),
+    typer.Option(
+        "--private/--public",
+        help="Who may see it; default: private where the teacher is gated, or where nobody could ask.",
+    ),
 ]
 AcceptLicenseOption = Annotated[
     bool,
