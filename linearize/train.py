@@ -236,7 +236,7 @@ def _share(stage: Stage, run: Run) -> Share:
         return Share(run.processes, (ordered,) * run.processes.count)
     layers = stage.by_layer()
     parts = share_of_layers(list(layers), run.processes, run.stage_index)
-    stage.take_layers(parts[run.processes.rank], Relay(parts, run.processes).own_layers)
+    stage.take_layers(parts[run.processes.rank], Relay(parts, run.processes, stage.config.accumulation).own_layers)
     names = tuple(tuple(name for layer in part for name in layers[layer]) for part in parts)
     return Share(run.processes, names, by_layers=True)
 

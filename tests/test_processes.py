@@ -328,7 +328,8 @@ def test_every_layer_runs_on_one_process_and_trains_as_if_alone(make_teacher, pa
         expected = alone.train_micro_batch(packed_batch, lambda loss: loss.backward())
         stage, ran = build()
         parts = share_of_layers([0, 1, 2], Processes(rank, 3), 0)
-        stage.take_layers(parts[rank], Relay(parts, Processes(rank, 3)).own_layers)
+        relay = Relay(parts, Processes(rank, 3), step=1)
+        stage.take_layers(parts[rank], relay.own_layers)
         found = stage.train_micro_batch(packed_batch, lambda loss: loss.backward())
         assert ran == [rank]
         assert torch.equal(found[f"error/layer_0{rank}"], expected[f"error/layer_0{rank}"])
@@ -343,5 +344,7 @@ def test_every_layer_runs_on_one_process_and_trains_as_if_alone(make_teacher, pa
                 else:
                     assert parameter.grad is None
         assert not any("forward" in vars(layer) for layer in stage.graft.decoder_layers)
+        stage.train_micro_batch(packed_batch, lambda loss: None)
+        assert len(relay._sent) == (rank < 2)  # that of the step before is gone
 
     assert together(3, run) == [0, 0, 0]
