@@ -130,7 +130,8 @@ def choose_split(asked: str | None, stages: Sequence[StageConfig], processes: Pr
         raise RunError(
             f"'{split}' needs more than one process.",
             place="--split",
-            remedy="Start with `accelerate launch --config_file configs/launch/….yaml -m linearize.cli convert …`.",
+            remedy="Start with `accelerate launch --config_file configs/launch/….yaml -m linearize.cli convert …`; "
+            "`linearize plan` takes --processes.",
         )
     trains = [index for index, stage in enumerate(stages) if stage.trains_base]
     if split == "fsdp" and trains:
@@ -223,14 +224,20 @@ def share_of_layers(layers: Sequence[int], processes: Processes, stage_index: in
 
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Sum tensors over all processes, in place; a few flat buffers carry them."""
+    for bucket in buckets(tensors):
+        _add_up_bucket(bucket)
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors that one flat buffer carries, one buffer after the other."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and (bucket[0].dtype != tensor.dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
-            _add_up_bucket(bucket)
+            yield bucket
             bucket = []
         bucket.append(tensor)
     if bucket:
-        _add_up_bucket(bucket)
+        yield bucket
 
 
 def _add_up_bucket(bucket: list[Tensor]) -> None:

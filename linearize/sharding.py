@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -74,8 +74,12 @@ def shard_layers(model: PreTrainedModel, device: torch.device, processes: Proces
             place="--split fsdp",
             remedy="Use `--split data`, or leave --quantize out.",
         )
+    shard_layers_over(init_device_mesh(device.type, (processes.count,)), model)
+
+
+def shard_layers_over(mesh: DeviceMesh, model: PreTrainedModel) -> None:
+    """`shard_layers` over processes that have met already."""
     trunk = trunk_of(model)
-    mesh = init_device_mesh(device.type, (processes.count,))
     students = (module for module in model.modules() if isinstance(module, StudentAttention))
     small = {parameter for student in students for parameter in student.mixer.parameters()}
     small |= set(lora_parameters(model).values())
