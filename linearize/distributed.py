@@ -23,7 +23,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from linearize.errors import MainFailed, RunError
+from linearize.errors import LinearizeError, MainFailed, OtherFailed, RunError
+from linearize.faults import OUT_OF_MEMORY, failed
 from linearize.stages.base import StageConfig
 
 T = TypeVar("T")
@@ -86,6 +87,28 @@ class Processes:
             raise MainFailed(outcome[0])
         found: T = outcome[1]
         return found
+
+    def all_or_none(self, action: Callable[[], T]) -> T:
+        """What `action`, in which processes do not wait for each other, returns here; if it succeeds on all of them.
+
+        Raises:
+            RunError: on all, if it failed on one of a LinearizeError or for want of memory: naming it, and of what.
+        """
+        if self.count == 1:
+            return action()
+        found: list[T] = []
+        failure: Exception | None = None
+        try:
+            found.append(action())
+        except (LinearizeError, *OUT_OF_MEMORY) as error:
+            failure = error
+        own = None if failure is None else failed(self.rank, failure)
+        others = [words for words in self.gather(None if own is None else str(own)) if words is not None]
+        if own is not None:
+            raise own from failure
+        if others:
+            raise OtherFailed(others[0])
+        return found[0]
 
 
 ALONE = Processes()
