@@ -303,7 +303,10 @@ def _without_memory(grafted: Graft, target: Target) -> Iterator[None]:
 
     Tensors of the meta device would not do: autocast and attention choose by the kind of device.
     """
-    mesh = init_device_mesh("cpu", (target.processes,)) if target.split == "fsdp" else None  # its numbers are looked at
+    mesh = None
+    if target.split == "fsdp":
+        # made out here, for its numbers are read; named, for torch's caches take a real mesh of that size for it
+        mesh = init_device_mesh("cpu", (target.processes,), mesh_dim_names=("pretended",))
     mode = FakeTensorMode()
     made: dict[int, Tensor] = {}
     before: list[tuple[dict[str, Any], str, Tensor]] = []
