@@ -165,20 +165,27 @@ def plan(
     stream_layers: Annotated[
         bool, typer.Option("--stream-layers", help="With --predict: frozen layers in host memory.")
     ] = False,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Predict for so many processes, a GPU each; they need not be there.")
+    ] = 1,
+    split: Annotated[
+        str | None, typer.Option(help="With --processes: how they share the work: data, layers or fsdp. Default: data.")
+    ] = None,
 ) -> None:
     """Show what a conversion would replace and what it would cost here, measured on one batch. Writes nothing.
 
     With --audit, exit 1 when a layer's attention cannot be recomputed from the heads that the student sees.
-    With --predict, what it would need on a GPU in bf16; --device cpu predicts fp32 on a CPU.
+    With --predict, what it would need on a GPU in bf16; --device cpu predicts fp32 on a CPU. --processes predicts it
+    of each of several.
     """
     from linearize.planning import plan_conversion, predict_conversion, prediction_target
     from linearize.recipe import load_recipe
     from linearize.tables import plan_report, prediction_report
 
     checked = load_recipe(recipe, overrides or (), tokens)
-    if predict:
-        target = prediction_target(device, checked, stream_layers)
-        out_console.print(prediction_report(predict_conversion(model, checked, target)))
+    if predict or processes > 1 or split is not None:
+        target = prediction_target(device, checked, stream_layers, processes, split)
+        out_console.print(prediction_report(predict_conversion(model, checked, target, log_console)))
         return
     audited = audit or text is not None
     try:

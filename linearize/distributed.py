@@ -23,7 +23,8 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from linearize.errors import MainFailed, RunError
+from linearize.errors import LinearizeError, MainFailed, OtherFailed, RunError
+from linearize.faults import OUT_OF_MEMORY, failed
 from linearize.stages.base import StageConfig
 
 T = TypeVar("T")
@@ -87,6 +88,28 @@ class Processes:
         found: T = outcome[1]
         return found
 
+    def all_or_none(self, action: Callable[[], T]) -> T:
+        """What `action`, in which processes do not wait for each other, returns here; if it succeeds on all of them.
+
+        Raises:
+            RunError: on all, if it failed on one of a LinearizeError or for want of memory: naming it, and of what.
+        """
+        if self.count == 1:
+            return action()
+        found: list[T] = []
+        failure: Exception | None = None
+        try:
+            found.append(action())
+        except (LinearizeError, *OUT_OF_MEMORY) as error:
+            failure = error
+        own = None if failure is None else failed(self.rank, failure)
+        others = [words for words in self.gather(None if own is None else str(own)) if words is not None]
+        if own is not None:
+            raise own from failure
+        if others:
+            raise OtherFailed(others[0])
+        return found[0]
+
 
 ALONE = Processes()
 
@@ -130,7 +153,8 @@ def choose_split(asked: str | None, stages: Sequence[StageConfig], processes: Pr
         raise RunError(
             f"'{split}' needs more than one process.",
             place="--split",
-            remedy="Start with `accelerate launch --config_file configs/launch/….yaml -m linearize.cli convert …`.",
+            remedy="Start with `accelerate launch --config_file configs/launch/….yaml -m linearize.cli convert …`; "
+            "`linearize plan` takes --processes.",
         )
     trains = [index for index, stage in enumerate(stages) if stage.trains_base]
     if split == "fsdp" and trains:
@@ -223,14 +247,20 @@ def share_of_layers(layers: Sequence[int], processes: Processes, stage_index: in
 
 def add_up(tensors: Iterable[Tensor]) -> None:
     """Sum tensors over all processes, in place; a few flat buffers carry them."""
+    for bucket in buckets(tensors):
+        _add_up_bucket(bucket)
+
+
+def buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """The tensors that one flat buffer carries, one buffer after the other."""
     bucket: list[Tensor] = []
     for tensor in tensors:
         if bucket and (bucket[0].dtype != tensor.dtype or sum(t.numel() for t in bucket) + tensor.numel() > BUCKET):
-            _add_up_bucket(bucket)
+            yield bucket
             bucket = []
         bucket.append(tensor)
     if bucket:
-        _add_up_bucket(bucket)
+        yield bucket
 
 
 def _add_up_bucket(bucket: list[Tensor]) -> None:

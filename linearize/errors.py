@@ -58,7 +58,11 @@ class NonFiniteLossError(RunError):
     """The loss became NaN or infinite; training stopped before the optimiser step."""
 
 
-class MainFailed(RunError):
+class OtherFailed(RunError):
+    """Another process failed; of what, and which one."""
+
+
+class MainFailed(OtherFailed):
     """What the main process said before it failed; the others end silently."""
 
 

@@ -79,7 +79,7 @@ def check_job(job: Conversion, recipe: Recipe, split: Split) -> None:
         _check_quantised(split)
     check_trackers(job.track)
     if job.stream_layers:
-        _check_stream(job, recipe, split)
+        check_stream(recipe, split, quantized=job.quantize is not None)
 
 
 def check_text(job: Conversion, recipe: Recipe) -> None:
@@ -113,15 +113,19 @@ def _check_quantised(split: Split) -> None:
         )
 
 
-def _check_stream(job: Conversion, recipe: Recipe, split: Split) -> None:
-    """Refuse to stream layers that train, that are quantised, or that processes shard."""
+def check_stream(recipe: Recipe, split: Split, *, quantized: bool) -> None:
+    """Refuse to stream layers that train, that are quantised, or that processes shard.
+
+    Raises:
+        RunError: with the rule.
+    """
     if recipe.needs_frozen_teacher:
         raise RunError(
             f"recipe {recipe.name} trains base weights; layers that train stay on the device",
             place="--stream-layers",
             remedy="Leave it out, or choose a recipe whose stages train mixers and adapters only.",
         )
-    if job.quantize is not None:
+    if quantized:
         raise RunError(
             "quantised weights stay where they were quantised",
             place="--stream-layers",

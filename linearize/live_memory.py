@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -43,6 +44,23 @@ class LiveMemory(TorchDispatchMode):
         for tensor in tensors:
             self._follow(tensor)
 
+    def __enter__(self) -> "LiveMemory":
+        # FSDP2 frees and refills what it gathers by resizing its storages, which no dispatch mode is told of
+        resize = self._resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            found = resize(storage, size)
+            self._follow_resized(storage)
+            return found
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[assignment,method-assign]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        super().__exit__(*failure)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.name()
         if name == "profiler::_record_function_enter_new":
@@ -63,15 +81,22 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._sizes:
             return
-        size = -(-storage.nbytes() // BLOCK) * BLOCK
-        span = self._spans[-1]
+        self._add(key, storage.nbytes())
+        weakref.finalize(storage, self._forget, key)
+
+    def _follow_resized(self, storage: torch.UntypedStorage) -> None:
+        if storage._cdata in self._sizes:
+            self._forget(storage._cdata)
+            self._add(storage._cdata, storage.nbytes())
+
+    def _add(self, key: int, nbytes: int) -> None:
+        size, span = -(-nbytes // BLOCK) * BLOCK, self._spans[-1]
         self._sizes[key] = size, span
         self._by_span[span] += size
         self.live += size
         self.peak = max(self.peak, self.live)
         if self.live > sum(self.at_peak.get(span, {"": 0}).values()):
             self.at_peak[span] = dict(self._by_span)
-        weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         size, span = self._sizes.pop(key)

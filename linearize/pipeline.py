@@ -16,6 +16,7 @@ from linearize.checkpoint import load_latest, restore_student
 from linearize.data import Corpus
 from linearize.distributed import Split, check_agreement, choose_split, share_rows, sharing, start_processes
 from linearize.export import export_student, load_student
+from linearize.faults import told
 from linearize.fingerprint import fingerprint_of, pinned
 from linearize.graphs import obstacle
 from linearize.job import Conversion, check_budgets, check_job, check_text
@@ -57,7 +58,10 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
     split = choose_split(job.split, recipe.stages, processes)
     check_job(job, recipe, split)
     console = (console or Console(stderr=True)) if processes.main else Console(quiet=True)
-    with share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder:
+    with (
+        told(processes.rank, processes.count),
+        share_run_folder(processes, job.out, resume=job.resume, overwrite=job.overwrite) as folder,
+    ):
         folder.check_same(asked(job, recipe))
         machine = _choose_machine(job, recipe, folder, console)
         checkpoint, weights = _find_teacher(job, split, folder, console)

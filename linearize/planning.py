@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from rich.console import Console
 
 from linearize.audit import Audit, audit
+from linearize.distributed import Processes, choose_split, share_rows
 from linearize.errors import RunError
+from linearize.job import check_stream
 from linearize.machine import Machine, Precision, choose_machine
 from linearize.memory import StageMemory, Target, predict_memory, unpredictable
 from linearize.metrics import peak_memory_bytes
@@ -149,14 +152,15 @@ class Prediction:
     memory: list[StageMemory]
 
 
-def predict_conversion(model: str, recipe: Recipe, target: Target) -> Prediction:
+def predict_conversion(model: str, recipe: Recipe, target: Target, console: Console) -> Prediction:
     """Predict peak memory from the teacher's configuration alone.
 
     Args:
         model: as `convert` takes it, or the path of a config.json.
+        console: told where several processes need smaller micro-batches.
 
     Raises:
-        LinearizeError: as `convert` would, for the model, the recipe and the surgery.
+        LinearizeError: as `convert` would, for the model, the recipe, the surgery and how processes share the work.
     """
     path = Path(model).expanduser()
     where = path.parent if path.name == "config.json" and path.is_file() else model
@@ -164,14 +168,25 @@ def predict_conversion(model: str, recipe: Recipe, target: Target) -> Prediction
     obstacle = unpredictable(config, target)
     if obstacle:
         raise RunError(obstacle, place=model, remedy="Predict for a GPU: leave out --device cpu and precision: fp32.")
-    return Prediction(model, target, predict_memory(config, recipe, target))
+    stages = share_rows(recipe.stages, None, target.split, Processes(0, target.processes), console)
+    return Prediction(model, target, predict_memory(config, recipe.model_copy(update={"stages": stages}), target))
 
 
-def prediction_target(device: str | None, recipe: Recipe, streamed: bool) -> Target:
-    """Where a prediction is for: a GPU, where the user names none; `auto` precision is bf16 there, fp32 on a CPU."""
+def prediction_target(
+    device: str | None, recipe: Recipe, streamed: bool, processes: int = 1, split: str | None = None
+) -> Target:
+    """Where a prediction is for: a GPU, where the user names none; `auto` precision is bf16 there, fp32 on a CPU.
+
+    Raises:
+        RunError: as `convert` would, where processes cannot split the work like this.
+    """
     kind = _kind(torch.device(device or "cuda"))
     usual: dict[str, Precision] = {"cuda": "bf16", "cpu": "fp32"}
-    return Target(kind, usual[kind] if recipe.precision == "auto" else recipe.precision, streamed)
+    chosen = choose_split(split, recipe.stages, Processes(0, processes))
+    if streamed:
+        check_stream(recipe, chosen, quantized=False)
+    precision = usual[kind] if recipe.precision == "auto" else recipe.precision
+    return Target(kind, precision, streamed, processes, chosen)
 
 
 def _kind(device: torch.device) -> Literal["cpu", "cuda"]:

@@ -23,14 +23,15 @@ class Relay:
 
     Args:
         parts: the student layers of every process, neighbours.
+        step: micro-batches of a step, at whose end all processes meet.
     """
 
-    def __init__(self, parts: Sequence[Sequence[int]], processes: Processes) -> None:
+    def __init__(self, parts: Sequence[Sequence[int]], processes: Processes, step: int) -> None:
         rank = processes.rank
         self._first = parts[rank][0] if rank else 0
         self._final = rank == processes.count - 1
         self._stop = parts[rank][-1] + 1 if self._final else parts[rank + 1][0]
-        self._rank = rank
+        self._rank, self._step = rank, step
         self._sent: list[tuple[Tensor, Any]] = []
 
     @contextmanager
@@ -60,6 +61,8 @@ class Relay:
     def _hand_on(self, hidden_BTD: Tensor, *_: Any, **__: Any) -> Tensor:
         hidden_BTD = hidden_BTD.contiguous()
         self._sent = [(kept, sending) for kept, sending in self._sent if not sending.is_completed()]
+        while len(self._sent) >= self._step:  # of the step before, so taken by now: gloo does not notice until it waits
+            self._sent.pop(0)[1].wait()
         self._sent.append((hidden_BTD, dist.isend(hidden_BTD, dst=self._rank + 1)))  # kept until it has left
         raise PassEnds
 

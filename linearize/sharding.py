@@ -9,13 +9,14 @@ stays whole, and one weight more.
 from __future__ import annotations
 
 import copy
+import logging
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -25,10 +26,18 @@ from linearize.attention import StudentAttention
 from linearize.distributed import Processes, send_from
 from linearize.errors import RunError
 from linearize.export import load_student
+from linearize.machine import memory_bytes
 from linearize.quantized import is_quantized
 from linearize.surgery import decoder_layers, trunk_of
 from linearize.teacher import Teacher, load_teacher
 from linearize.teacher_files import Checkpoint
+
+log = logging.getLogger(__name__)
+
+ROOMY = 16
+"""A GPU that holds the weights so many times gains little by sharding them: at most 6 % of its memory becomes free. And
+it may wait for the host, which launches what a split by data replays from CUDA graphs.
+"""
 
 
 def load_sharded_teacher(
@@ -43,6 +52,8 @@ def load_sharded_teacher(
     processes.on_main(lambda: whole.append(load_teacher(model, dtype=dtype, device=device, in_host_memory=True)))
     teacher = processes.on_main(lambda: replace(whole[0], model=without_weights(whole[0].model)))
     _share_weights(teacher.model, [read.model for read in whole], device, processes)
+    if processes.main and needless(teacher.model, device):
+        log.warning(needless(teacher.model, device))
     return teacher
 
 
@@ -57,6 +68,17 @@ def load_sharded_student(folder: Path, device: torch.device, processes: Processe
     student = processes.on_main(lambda: without_weights(whole[0]))
     _share_weights(student, whole, device, processes)
     return student
+
+
+def needless(model: PreTrainedModel, device: torch.device) -> str:
+    """What to tell who shards weights that the GPU holds many times over; empty for larger ones, and on a CPU."""
+    weights, memory = sum(p.numel() * p.element_size() for p in model.parameters()), memory_bytes(device)
+    if device.type != "cuda" or weights * ROOMY > memory:
+        return ""
+    return (
+        f"--split fsdp: this GPU would hold the weights ({weights / 2**30:.2g} GiB) {memory // weights} times. "
+        "Sharding them frees little and makes it wait for the host; `--split data` is faster."
+    )
 
 
 def shard_layers(model: PreTrainedModel, device: torch.device, processes: Processes) -> None:
@@ -74,8 +96,12 @@ def shard_layers(model: PreTrainedModel, device: torch.device, processes: Proces
             place="--split fsdp",
             remedy="Use `--split data`, or leave --quantize out.",
         )
+    shard_layers_over(init_device_mesh(device.type, (processes.count,)), model)
+
+
+def shard_layers_over(mesh: DeviceMesh, model: PreTrainedModel) -> None:
+    """`shard_layers` over processes that have met already."""
     trunk = trunk_of(model)
-    mesh = init_device_mesh(device.type, (processes.count,))
     students = (module for module in model.modules() if isinstance(module, StudentAttention))
     small = {parameter for student in students for parameter in student.mixer.parameters()}
     small |= set(lora_parameters(model).values())

@@ -121,6 +121,8 @@ def prediction_report(found: Prediction) -> RenderableType:
     """What a conversion would need on a machine that is not here."""
     target = found.target
     how = f"{target.device}, {target.precision}" + (", layers streamed from host memory" if target.streamed else "")
+    if target.processes > 1:
+        how = f"{target.processes} processes, split {target.split}, each on {how}; of the one that needs most"
     return Group(f"[bold]{escape(found.model)}[/bold] on {how}", memory_table(found.memory))
 
 

@@ -236,7 +236,7 @@ def _share(stage: Stage, run: Run) -> Share:
         return Share(run.processes, (ordered,) * run.processes.count)
     layers = stage.by_layer()
     parts = share_of_layers(list(layers), run.processes, run.stage_index)
-    stage.take_layers(parts[run.processes.rank], Relay(parts, run.processes).own_layers)
+    stage.take_layers(parts[run.processes.rank], Relay(parts, run.processes, stage.config.accumulation).own_layers)
     names = tuple(tuple(name for layer in part for name in layers[layer]) for part in parts)
     return Share(run.processes, names, by_layers=True)
 
@@ -332,7 +332,10 @@ def _optimizer_step(optimizer: torch.optim.Optimizer, lr: float) -> None:
 
 
 def _evaluate(settings: FitSettings, work: _Work, state: RunState) -> dict[str, float]:
-    """What is measured after the step that follows `state`. Every process measures: waiting for one takes as long."""
+    """What is measured after the step that follows `state`. Every process measures: waiting for one takes as long.
+
+    They agree on faults, unless they gather weights as they measure: who fails then is told of by `faults.told`.
+    """
     every, step, run = settings.eval_every_steps, state.step + 1, work.run
     last = step == state.steps or work.stage.course.finished
     if settings.evaluate is None or not (last or (every and step % every == 0)):
@@ -340,7 +343,7 @@ def _evaluate(settings: FitSettings, work: _Work, state: RunState) -> dict[str, 
     work.share.exchange_weights(run.student)
     rng = get_rng_state()  # how often one evaluates must not change what is learnt
     seed_all(run.seed, run.stage_index)
-    found = settings.evaluate()
+    found = settings.evaluate() if run.split == "fsdp" else run.processes.all_or_none(settings.evaluate)
     set_rng_state(rng)
     return {f"eval/{name}": float(value) for name, value in found.items()}
 

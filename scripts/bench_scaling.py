@@ -18,6 +18,9 @@ What --out has already, measured with the same settings on the same device, is n
 processes by number of processes: an interrupted series goes on.
 
 NVLink multicast stays off (NCCL_NVLS_ENABLE=0).
+
+With --predict nothing is measured: printed is what `linearize plan --predict` says of each process's peak memory, and
+that and the copy of the student's first weights that this script keeps.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +50,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from linearize.distributed import Processes, Split, start_processes
 from linearize.graphs import RUNS_BEFORE, obstacle
 from linearize.machine import versions
+from linearize.memory import Target, predict_memory
 from linearize.metrics import MetricsLog, Progress, peak_memory_bytes, read_metrics
 from linearize.packed import softmax_by_document
 from linearize.recipe import load_recipe
@@ -319,6 +323,26 @@ def table(rows: list[dict[str, Any]], title: str) -> Table:
     return shown
 
 
+def predict(options: argparse.Namespace) -> Table:
+    """Peaks of all that would be measured."""
+    shown = Table(title=f"{options.shape}, T={options.length}, {options.recipe}: peaks predicted, GB")
+    for heading in ("stage", "split", "scaling", "N", "predicted", "and the first weights", "hidden states, at most"):
+        shown.add_column(heading)
+    config = LlamaConfig(**SHAPES[options.shape], max_position_embeddings=options.length)
+    for count in map(int, options.processes.split(",")):
+        for stage, split, scaling in asked(options, count):
+            rows = options.rows if scaling == "strong" else options.rows_each * count
+            only = (stage_config(options, stage, rows, options.steps),)
+            recipe = load_recipe(options.recipe).model_copy(update={"stages": only})
+            target = Target("cpu", "fp32") if options.device == "cpu" else Target()
+            (found,) = predict_memory(config, recipe, replace(target, processes=count, split=split))
+            first = found.terms["mixers"] + found.terms.get("adapters", 0)
+            waiting = found.terms.get("hidden states not yet taken, at most", 0)
+            sizes = (f"{size / 1e9:.2f}" for size in (found.peak, found.peak + first, waiting))
+            shown.add_row(stage, split, scaling, str(count), *sizes)
+    return shown
+
+
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
@@ -333,6 +357,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scaling", choices=("strong", "weak"), default=None, help="only this one")
     parser.add_argument("--way", action="append", choices=["-".join(way) for way in WAYS], help="only these")
     parser.add_argument("--recompute", action="store_true", help="distil computes decoder layers again, to save memory")
+    parser.add_argument("--predict", action="store_true", help="peak memory, without measuring")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -343,9 +368,14 @@ def main() -> None:
     if options.worker:
         work(options)
         return
+    if options.predict:
+        Console(width=140).print(predict(options))
+        return
     cuda = options.device != "cpu" and torch.cuda.is_available()
     device = torch.cuda.get_device_name() if cuda else f"CPU with {os.cpu_count()} cores"
-    settings = {name: value for name, value in vars(options).items() if name not in ("worker", "out", "processes")}
+    settings = {
+        name: value for name, value in vars(options).items() if name not in ("worker", "out", "processes", "predict")
+    }
     series = {"device": device, "settings": settings, "versions": versions(), "sources": sources()}
     found = measured_before(options.out, series)
     for count in map(int, options.processes.split(",")):

@@ -187,7 +187,7 @@ def test_a_prediction_needs_a_configuration_alone(tmp_path: Any) -> None:
     target = prediction_target(None, recipe_of(), streamed=True)
     assert target == Target("cuda", "bf16", True)
     assert prediction_target("cpu", recipe_of(), streamed=False) == CPU
-    found = predict_conversion(str(tmp_path / "config.json"), recipe_of(), target)
+    found = predict_conversion(str(tmp_path / "config.json"), recipe_of(), target, Console(quiet=True))
     assert isinstance(found, Prediction)
     console = Console(record=True, width=120, file=io.StringIO())
     console.print(prediction_report(found))

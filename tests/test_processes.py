@@ -23,9 +23,10 @@ from rich.console import Console
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
+from linearize import measuring
 from linearize.checkpoint import load_latest, read_trainer
 from linearize.distributed import ALONE, Processes, add_up, choose_split, share_of_layers, shared_micro_batch
-from linearize.errors import MainFailed, RunError, RunInterrupted
+from linearize.errors import DataError, MainFailed, OtherFailed, RunError, RunInterrupted
 from linearize.job import Conversion
 from linearize.metrics import TIMING_FIELDS, read_metrics
 from linearize.pipeline import convert
@@ -233,6 +234,48 @@ def test_a_fault_of_the_main_process_is_told_to_all(job):
     assert together(2, run) == [0, 0]
 
 
+@pytest.mark.parametrize("split", ["data", "fsdp"])
+def test_a_process_that_fails_as_all_measure_ends_them_and_the_run_goes_on(job, alone, split, monkeypatch, capfd):
+    """By data they agree; FSDP2 has the other one wait for a gather, where a thread ends it."""
+    monkeypatch.setattr("linearize.faults.GRACE", 1.0)
+    measured, calls = measuring.measure_in_training, []
+
+    def failing(*model_and_text):
+        calls.append(model_and_text)
+        if len(calls) == 2 and os.environ["RANK"] == "1":
+            raise torch.OutOfMemoryError("CUDA out of memory.\nAnd more.")
+        return measured(*model_and_text)
+
+    def run(rank: int) -> None:
+        measuring.measure_in_training = failing  # in this fork alone
+        with pytest.raises(RunError) as error:
+            convert(job("parts", split=split), QUIET)
+        assert isinstance(error.value, OtherFailed) == (rank == 0)
+        sys.stderr.write(f"error {error.value}\n")
+
+    assert together(2, run) == ([0, 0] if split == "data" else [2, 0])
+    said = "error process 1 failed: OutOfMemoryError: CUDA out of memory. What was saved is whole: go on with the same"
+    assert capfd.readouterr().err.count(said) == 2
+    convert(job("parts", resume=True), QUIET)
+    assert_same(alone, job("parts").out)
+
+
+def test_a_process_that_fails_as_it_trains_ends_who_waits_for_its_layers(job, monkeypatch, capfd):
+    monkeypatch.setattr("linearize.faults.GRACE", 1.0)
+
+    def failing(stage, batch, backward):
+        raise DataError("is no number", place="row 7")
+
+    def run(rank: int) -> None:
+        if rank == 0:
+            Transfer.train_micro_batch = failing  # type: ignore[method-assign]
+        with pytest.raises(DataError, match="row 7"):
+            convert(job("parts", split="layers"), QUIET)
+
+    assert together(2, run) == [0, 2]
+    assert "error process 0 failed: row 7: is no number" in capfd.readouterr().err
+
+
 def test_gradients_are_added_up_in_buckets(monkeypatch):
     monkeypatch.setattr("linearize.distributed.BUCKET", 10)
 
@@ -325,7 +368,8 @@ def test_every_layer_runs_on_one_process_and_trains_as_if_alone(make_teacher, pa
         expected = alone.train_micro_batch(packed_batch, lambda loss: loss.backward())
         stage, ran = build()
         parts = share_of_layers([0, 1, 2], Processes(rank, 3), 0)
-        stage.take_layers(parts[rank], Relay(parts, Processes(rank, 3)).own_layers)
+        relay = Relay(parts, Processes(rank, 3), step=1)
+        stage.take_layers(parts[rank], relay.own_layers)
         found = stage.train_micro_batch(packed_batch, lambda loss: loss.backward())
         assert ran == [rank]
         assert torch.equal(found[f"error/layer_0{rank}"], expected[f"error/layer_0{rank}"])
@@ -340,5 +384,7 @@ def test_every_layer_runs_on_one_process_and_trains_as_if_alone(make_teacher, pa
                 else:
                     assert parameter.grad is None
         assert not any("forward" in vars(layer) for layer in stage.graft.decoder_layers)
+        stage.train_micro_batch(packed_batch, lambda loss: None)
+        assert len(relay._sent) == (rank < 2)  # that of the step before is gone
 
     assert together(3, run) == [0, 0, 0]

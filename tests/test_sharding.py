@@ -32,7 +32,7 @@ from linearize.families import FAMILIES
 from linearize.job import Conversion
 from linearize.pipeline import convert
 from linearize.recipe import load_recipe
-from linearize.sharding import free_weights, load_sharded_student, load_sharded_teacher, without_weights
+from linearize.sharding import free_weights, load_sharded_student, load_sharded_teacher, needless, without_weights
 from linearize.surgery import decoder_layers, graft, plan_surgery
 from linearize.target_cache import teacher_digest
 from linearize.teacher import load_teacher, load_tokenizer
@@ -248,3 +248,16 @@ def test_a_copy_without_weights(make_teacher, make_tokens):
     assert all(parameter.is_meta for parameter in bare.parameters())
     assert torch.equal(bare.get_buffer("model.rotary_emb.inv_freq"), model.get_buffer("model.rotary_emb.inv_freq"))
     assert torch.equal(model(make_tokens(1, 8)).logits, before)
+
+
+def test_small_models_are_told_to_split_by_data(make_teacher, monkeypatch):
+    """By the bytes of the weights and of the GPU alone; a CPU has no launches to wait for."""
+    model, gpu = make_teacher(), torch.device("cuda")
+    weights = nbytes(model.parameters())
+    monkeypatch.setattr("linearize.sharding.memory_bytes", lambda device: 16 * weights)
+    assert "hold the weights" in needless(model, gpu)
+    assert "16 times" in needless(model, gpu)
+    assert needless(model, gpu).endswith("`--split data` is faster.")
+    assert needless(model, CPU) == ""
+    monkeypatch.setattr("linearize.sharding.memory_bytes", lambda device: 16 * weights - 1)
+    assert needless(model, gpu) == ""
