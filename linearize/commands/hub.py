@@ -13,7 +13,7 @@ PrivateOption = Annotated[
     bool | None,
     typer.Option(
         "--private/--public",
-        help="Who may see it; default: private where the teacher is gated, or where nobody could ask.",
+        help="Who may see it; default: private where the teacher is gated or may be.",
     ),
 ]
 AcceptLicenseOption = Annotated[
