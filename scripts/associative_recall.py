@@ -167,7 +167,7 @@ def train_row(name: str, options: argparse.Namespace) -> None:
         recipe=name,
         out=options.out / name,
         data=str(options.out / "text.jsonl"),
-        overrides=("evaluations=1", *ROWS[name], *stages),
+        overrides=("evaluations=1", f"seed={options.seed}", *ROWS[name], *stages),
         device=options.device,
         overwrite=True,
     )
@@ -213,6 +213,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_000, help="of the teacher")
     parser.add_argument("--documents", type=int, default=100_000, help="of the students' text")
     parser.add_argument("--tokens", default="4M", help="of each stage")
+    parser.add_argument("--seed", type=int, default=0, help="of the students")
     parser.add_argument("--row", action="append", choices=tuple(ROWS), help="only this row; may be repeated")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
