@@ -71,7 +71,7 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         targets = _checked(_targets(job, shared, machine, teacher, corpus))
         facts = facts_of(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
         facts |= {"weights": weights, "overlap": say_overlap(corpus, heldout, teacher.tokenizer, console)}
-        folder.begin(facts)
+        folder = folder.begin(facts)
         streamed = stream_layers(teacher.model, machine.device) if job.stream_layers else None
         together = split == "fsdp"
         before = folder.once("teacher", lambda: asdict(measure(teacher.model, teacher.tokenizer, heldout)), together)
