@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
-from linearize.cache import student_layer
+from linearize.cache import NO_STATIC_CACHE, student_layer
 from linearize.families import ModelFamily
 from linearize.families.base import NORMS
 from linearize.mixers import HeadInputs, HeadShapes, MixerState, Rope, StudentMixer
@@ -202,6 +202,7 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
 
     Raises:
         ValueError: for a 4-D mask, which a linear-attention student cannot follow.
+        RuntimeError: for the masks that `generate` makes for a static cache.
     """
     given = {**dict(zip(_parameters(type(trunk)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
@@ -209,6 +210,8 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     assert isinstance(config, PreTrainedConfig)
     cached = given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache)
     segments = given.get("segments_BT")
+    if isinstance(mask, dict):  # by layer type: `generate` does so where it would compile
+        raise RuntimeError(NO_STATIC_CACHE)
     if "segments_BT" in given and mask is not None and mask.ndim == 4:  # says the same, to softmax layers
         return (), {**given, "padding_mask_BT": None, "segments_BT": segments}
     if mask is not None and mask.ndim != 2:

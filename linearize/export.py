@@ -198,8 +198,8 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below instead
         )
-    except LinearizeError:
-        raise
+    except LinearizeError as error:  # names the file, not where it lies
+        raise RunError(error.problem, place=f"{folder}, {error.place}", remedy=error.remedy) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(" ".join(str(error).split()), place=str(folder)) from None
     finally:
@@ -209,7 +209,11 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
     model, info = loaded
     wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
     if wrong:
-        raise RunError(f"its weights do not fit its config: {json.dumps(wrong)[:500]}", place=str(folder))
+        raise RunError(
+            f"its weights do not fit its config: {json.dumps(wrong)[:500]}",
+            place=str(folder),
+            remedy="Files of it may be missing or of another student: copy or download it again.",
+        )
     return model.eval().to(torch.device(device))
 
 

@@ -37,6 +37,28 @@ def surgery_entry(mixer: MixerConfig, layers: tuple[int, ...]) -> dict[str, Any]
     return {"format": FORMAT, "mixer": mixer.model_dump(mode="json"), "layers": list(layers)}
 
 
+def read_surgery_entry(entry: Any) -> tuple[MixerConfig, tuple[int, ...]]:
+    """The mixer and the layers of a `linearize` entry.
+
+    Raises:
+        SurgeryError: the entry is of a newer linearize, or none that linearize has written.
+        RecipeError: its mixer is unknown, or has other options.
+    """
+    if not isinstance(entry, dict) or not {"format", "mixer", "layers"} <= entry.keys():
+        raise SurgeryError(
+            "the `linearize` entry does not hold format, mixer and layers",
+            place="config.json",
+            remedy="Copy or download config.json again.",
+        )
+    if entry["format"] != FORMAT:
+        raise SurgeryError(
+            f"the `linearize` entry has format {entry['format']}, not {FORMAT}: a newer linearize wrote it",
+            place="config.json",
+            remedy="Update linearize.",
+        )
+    return mixer_config(entry["mixer"]), tuple(entry["layers"])
+
+
 def student_config(teacher: PretrainedConfig, mixer: MixerConfig, layers: tuple[int, ...]) -> PretrainedConfig:
     """The configuration of a student: the teacher's fields, `layer_types`, and the `linearize` entry."""
     values = teacher.to_dict()
@@ -71,21 +93,16 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
             place="config.json",
             remedy=f"Load it as an ordinary {family.causal_lm}, or convert it with `linearize convert`.",
         )
-    if entry["format"] != FORMAT:
-        raise SurgeryError(
-            f"the `linearize` entry has format {entry['format']}, not {FORMAT}: a newer linearize wrote it",
-            place="config.json",
-            remedy="Update linearize.",
-        )
+    mixer, replaced = read_surgery_entry(entry)
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
-    if wrong := sorted(set(entry["layers"]) - set(range(len(layers)))):
+    if wrong := sorted(set(replaced) - set(range(len(layers)))):
         raise SurgeryError(
             f"layers {wrong} do not exist; the model has layers 0 to {len(layers) - 1}",
             place="config.json, linearize.layers",
         )
-    kept = tuple(index for index in range(len(layers)) if index not in entry["layers"])
-    grafted = graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept, replace_sliding=True))
+    kept = tuple(index for index in range(len(layers)) if index not in replaced)
+    grafted = graft(model, plan_surgery(model, mixer, kept, replace_sliding=True))
     for student in grafted.students.values():
         _prepare_for_offloading(student.mixer)
 

@@ -147,20 +147,22 @@ def _leaves(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all.
+    """Write a JSON file, and the folder it lies in, whole or not at all.
 
     Raises:
         RunError: when it cannot be written.
     """
     aside, text = _aside(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # without it, a power cut may leave the new name with an empty file
         os.replace(aside, path)
     except OSError as error:
-        raise RunError(f"cannot be written: {error.strerror or error}", place=str(path)) from None
+        remedy = "Free space, or choose a folder that can be written."
+        raise RunError(f"cannot be written: {error.strerror or error}", place=str(path), remedy=remedy) from None
 
 
 def _aside(path: Path) -> Path:

@@ -158,6 +158,8 @@ def find_checkpoint(model: str) -> Checkpoint:
     if path.is_file():
         raise TeacherError(f"'{model}' is a file, but no .gguf file.", remedy="Pass the folder with its config.json.")
     if HUB_ID.fullmatch(model) and path.suffix != ".gguf":
+        if path.parent.is_dir():
+            log.warning("there is no folder %s here; asking the Hub for a model of that name", path)
         return _from_hub(model, None)
     if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
         raise TeacherError(f"'{model}' does not exist.", remedy="Check the path; a Hub id has the form owner/name.")
@@ -294,6 +296,8 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=False)
     except READ_ERRORS as error:
         remedy = f"transformers here is {transformers.__version__}; it must know this model without remote code."
+        if checkpoint.gguf is not None:
+            remedy = "Check that the file is complete."
         raise TeacherError(f"its config cannot be read: {first_line(error)}.", place=place, remedy=remedy) from error
     if config.is_encoder_decoder:
         problem = f"is an encoder-decoder model ({config.model_type})."
@@ -373,9 +377,10 @@ def _sha256(path: Path) -> str:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, without its full stop and without credentials."""
-    text = str(error).strip() or type(error).__name__
-    return redact(text.splitlines()[0]).rstrip(".:")
+    """The first line of an error, and the second where it only announces that; without full stop and credentials."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    said = f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+    return redact(said).rstrip(".:!")
 
 
 def redact(text: str) -> str:

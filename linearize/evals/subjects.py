@@ -17,14 +17,15 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import AutoConfig, PreTrainedModel
 
 from linearize.attention import StudentAttention
-from linearize.errors import RunError
+from linearize.errors import LinearizeError, RunError
 from linearize.evals.records import BRANCHES
 from linearize.export import load_student, refuse_no_student
 from linearize.fingerprint import fingerprint_of
 from linearize.machine import Machine
-from linearize.mixers import MixerConfig, mixer_config
+from linearize.mixers import MixerConfig
 from linearize.mixers.base import Branch, silenced
 from linearize.mixers.swa import SwaConfig
+from linearize.modeling import read_surgery_entry
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
 from linearize.teacher_files import Checkpoint, find_checkpoint
@@ -107,7 +108,10 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
         raise RunError(" ".join(str(error).split()), place=folder) from None
     if entry is None:
         raise RunError("holds no student: its config.json has no `linearize` entry", place=folder)
-    return mixer_config(entry["mixer"]), tuple(entry["layers"])
+    try:
+        return read_surgery_entry(entry)
+    except LinearizeError as error:
+        raise RunError(error.problem, place=f"{folder}, {error.place}", remedy=error.remedy) from None
 
 
 def identity_of(student: str) -> str:
