@@ -202,7 +202,6 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
 
     Raises:
         ValueError: for a 4-D mask, which a linear-attention student cannot follow.
-        RuntimeError: for the masks that `generate` makes for a static cache.
     """
     given = {**dict(zip(_parameters(type(trunk)), args, strict=False)), **kwargs}  # type: ignore[arg-type]
     mask, position_ids = given.get("attention_mask"), given.get("position_ids")
@@ -210,7 +209,7 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     assert isinstance(config, PreTrainedConfig)
     cached = given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache)
     segments = given.get("segments_BT")
-    if isinstance(mask, dict):  # by layer type: `generate` does so where it would compile
+    if isinstance(mask, dict):  # `generate` made them
         raise RuntimeError(NO_STATIC_CACHE)
     if "segments_BT" in given and mask is not None and mask.ndim == 4:  # says the same, to softmax layers
         return (), {**given, "padding_mask_BT": None, "segments_BT": segments}

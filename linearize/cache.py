@@ -67,10 +67,7 @@ class StudentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise RuntimeError(
-                "the state of a linear-attention student cannot be rolled back: start from a new cache, and do not let "
-                "it guess tokens or have them guessed (assistant_model, prompt_lookup_num_tokens)"
-            )
+            raise RuntimeError("the state of a linear-attention student cannot be rolled back, as guessing ahead needs")
 
     def offload(self) -> None:
         """Nothing to do: the state is small and stays on its device."""

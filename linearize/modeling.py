@@ -6,7 +6,9 @@ Registered with the Auto* classes when linearize is imported, so that
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -35,28 +37,6 @@ FORMAT = 1
 def surgery_entry(mixer: MixerConfig, layers: tuple[int, ...]) -> dict[str, Any]:
     """What config.json says under `linearize`: enough to repeat the surgery."""
     return {"format": FORMAT, "mixer": mixer.model_dump(mode="json"), "layers": list(layers)}
-
-
-def read_surgery_entry(entry: Any) -> tuple[MixerConfig, tuple[int, ...]]:
-    """The mixer and the layers of a `linearize` entry.
-
-    Raises:
-        SurgeryError: the entry is of a newer linearize, or none that linearize has written.
-        RecipeError: its mixer is unknown, or has other options.
-    """
-    if not isinstance(entry, dict) or not {"format", "mixer", "layers"} <= entry.keys():
-        raise SurgeryError(
-            "the `linearize` entry does not hold format, mixer and layers",
-            place="config.json",
-            remedy="Copy or download config.json again.",
-        )
-    if entry["format"] != FORMAT:
-        raise SurgeryError(
-            f"the `linearize` entry has format {entry['format']}, not {FORMAT}: a newer linearize wrote it",
-            place="config.json",
-            remedy="Update linearize.",
-        )
-    return mixer_config(entry["mixer"]), tuple(entry["layers"])
 
 
 def student_config(teacher: PretrainedConfig, mixer: MixerConfig, layers: tuple[int, ...]) -> PretrainedConfig:
@@ -93,16 +73,21 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
             place="config.json",
             remedy=f"Load it as an ordinary {family.causal_lm}, or convert it with `linearize convert`.",
         )
-    mixer, replaced = read_surgery_entry(entry)
+    if entry["format"] != FORMAT:
+        raise SurgeryError(
+            f"the `linearize` entry has format {entry['format']}, not {FORMAT}: a newer linearize wrote it",
+            place="config.json",
+            remedy="Update linearize.",
+        )
     layers = model.get_submodule(family.layers)
     assert isinstance(layers, nn.ModuleList)
-    if wrong := sorted(set(replaced) - set(range(len(layers)))):
+    if wrong := sorted(set(entry["layers"]) - set(range(len(layers)))):
         raise SurgeryError(
             f"layers {wrong} do not exist; the model has layers 0 to {len(layers) - 1}",
             place="config.json, linearize.layers",
         )
-    kept = tuple(index for index in range(len(layers)) if index not in replaced)
-    grafted = graft(model, plan_surgery(model, mixer, kept, replace_sliding=True))
+    kept = tuple(index for index in range(len(layers)) if index not in entry["layers"])
+    grafted = graft(model, plan_surgery(model, mixer_config(entry["mixer"]), kept, replace_sliding=True))
     for student in grafted.students.values():
         _prepare_for_offloading(student.mixer)
 
@@ -193,9 +178,26 @@ def _lazy(name: str) -> Any:
     return getattr(transformers, name)
 
 
+def _saving_code(save: Callable[..., None]) -> Callable[..., None]:
+    """`save_pretrained` that takes the student's code along, where config.json names it: one that was trained on must
+    load elsewhere, too. Where that code itself runs, transformers copies it."""
+
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *arguments: Any, **named: Any
+    ) -> None:
+        save(self, save_directory, is_main_process, *arguments, **named)
+        if is_main_process and "auto_map" in self.config.to_dict():
+            from linearize.remote_code import write_code
+
+            write_code(self, Path(save_directory))
+
+    return wraps(save)(save_pretrained)
+
+
 STUDENT_CLASSES = {family.model_type: _make_classes(family) for family in FAMILIES.values()}
 
 for _config_class, _model_class in STUDENT_CLASSES.values():
+    _model_class.save_pretrained = _saving_code(_model_class.save_pretrained)  # type: ignore[method-assign]
     globals()[_config_class.__name__], globals()[_model_class.__name__] = _config_class, _model_class
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)

@@ -220,15 +220,15 @@ def plan_surgery(
         replace_sliding: also replace layers whose softmax slides over a window already; they stay otherwise.
 
     Raises:
-        SurgeryError: listing every misfit of every layer; or when all layers slide and so none would be replaced; or
-            for a model with student layers.
+        SurgeryError: listing every misfit of every layer; when all layers slide and so none would be replaced; for a
+            student.
     """
     family = _family_in(model)
     if any(isinstance(module, StudentAttention) for module in model.modules()):
         raise SurgeryError(
             "the model is a student already",
             place=f"surgery on {family.model_type}",
-            remedy="Convert the teacher that it was made from: `model` in the metrics.json beside it.",
+            remedy="Convert its teacher: `model` in its metrics.json.",
         )
     layers = decoder_layers(model)
     keep = layers_to_keep(keep_softmax, len(layers))

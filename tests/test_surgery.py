@@ -147,7 +147,7 @@ def test_a_second_graft_is_refused(make_teacher: MakeTeacher) -> None:
     model = make_teacher()
     graft(model, plan_surgery(model, MIXER, (0,)))
     for keep in ("none", (1, 2)):  # config.json describes one mixer, in the layers that were replaced at one time
-        with pytest.raises(SurgeryError, match="is a student already. Convert the teacher that it was made from"):
+        with pytest.raises(SurgeryError, match="is a student already. Convert its teacher"):
             plan_surgery(model, MIXER, keep)
 
 

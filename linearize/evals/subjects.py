@@ -22,10 +22,9 @@ from linearize.evals.records import BRANCHES
 from linearize.export import load_student, refuse_no_student
 from linearize.fingerprint import fingerprint_of
 from linearize.machine import Machine
-from linearize.mixers import MixerConfig
+from linearize.mixers import MixerConfig, mixer_config
 from linearize.mixers.base import Branch, silenced
 from linearize.mixers.swa import SwaConfig
-from linearize.modeling import read_surgery_entry
 from linearize.surgery import graft, plan_surgery
 from linearize.teacher import load_teacher
 from linearize.teacher_files import Checkpoint, find_checkpoint
@@ -109,7 +108,7 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     if entry is None:
         raise RunError("holds no student: its config.json has no `linearize` entry", place=folder)
     try:
-        return read_surgery_entry(entry)
+        return mixer_config(entry["mixer"]), tuple(entry["layers"])
     except LinearizeError as error:
         raise RunError(error.problem, place=f"{folder}, {error.place}", remedy=error.remedy) from None
 
