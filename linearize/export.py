@@ -204,7 +204,7 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
             ignore_mismatched_sizes=True,  # they are reported below instead
         )
     except LinearizeError as error:  # names the file, not where it lies
-        raise RunError(error.problem, place=f"{folder}, {error.place}", remedy=error.remedy) from None
+        raise type(error)(error.problem, place=f"{folder}, {error.place}", remedy=error.remedy) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(" ".join(str(error).split()), place=str(folder)) from None
     finally:
