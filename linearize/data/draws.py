@@ -63,7 +63,7 @@ class Draws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._prompt
         self._on_step(step)
-        if step == 0 and scores.isnan().any():
+        if scores.isnan().any():  # generate asks the device at every step anyway, whether all have ended
             raise TeacherError(
                 "its scores are not numbers: its weights are broken, or overflow in this precision.",
                 place="the teacher",
