@@ -286,8 +286,12 @@ def main() -> int:
     except RunInterrupted as stopped:
         log_console.print(escape(str(stopped)), highlight=False)
         return INTERRUPTED
-    except KeyboardInterrupt:
-        log_console.print("interrupted", highlight=False)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:  # typer turns Ctrl-C into an exit
+            raise
+        log_console.print(
+            "interrupted; what was finished is kept: repeat the command, `convert` with --resume", highlight=False
+        )
         return INTERRUPTED
     return 0
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -252,6 +253,20 @@ def test_errors_of_the_system_are_no_tracebacks(run: Run, monkeypatch: pytest.Mo
     ended, said = run("families")
     assert ended == cli.USER_ERROR
     assert f"/some/where: {os.strerror(code)}. {cli.SYSTEM_ERRORS[code]}" in said
+
+
+def test_ctrl_c_says_how_to_go_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outside training, which saves first: while models are loaded, measured and written."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    app = typer.Typer()
+    app.command()(interrupt)
+    monkeypatch.setattr(cli, "app", app)
+    code, said = run()
+    assert code == cli.INTERRUPTED
+    assert "interrupted; what was finished is kept" in said
 
 
 def test_an_error_of_ours_stays_a_traceback(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
