@@ -152,7 +152,16 @@ def write_json(path: Path, value: Any) -> None:
     Raises:
         RunError: when it cannot be written.
     """
-    aside, text = _aside(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and the folder it lies in, whole or not at all.
+
+    Raises:
+        RunError: when it cannot be written.
+    """
+    aside = _aside(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "w", encoding="utf-8") as file:
