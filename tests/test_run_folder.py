@@ -232,8 +232,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(target, {"a": object()})
     assert json.loads(target.read_text()) == {"a": "ü"}
     assert set(files(tmp_path)) == {"x.json"}
-    with pytest.raises(RunError, match=r"nowhere/x\.json: cannot be written"):
-        write_json(tmp_path / "nowhere" / "x.json", {})
+    with pytest.raises(RunError, match=r"x\.json/y\.json: cannot be written: .*\. Free space, or choose a folder"):
+        write_json(target / "y.json", {})
+    write_json(tmp_path / "new" / "x.json", {})
+    assert set(files(tmp_path)) == {"x.json", "new/x.json"}
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
