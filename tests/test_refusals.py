@@ -45,6 +45,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> R
 
     def go(*words: str | Path) -> tuple[int, str]:
         monkeypatch.setattr("sys.argv", ["linearize", *map(str, words)])
+        monkeypatch.setattr(cli.loud_console, "width", 1000)  # long paths are not broken
         capfd.readouterr()
         try:
             code = cli.main()
