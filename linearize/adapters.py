@@ -43,6 +43,10 @@ class LoraSettings(Config):
         }
         return tuple(name for target in self.targets for name in words.get(target, (target,)))
 
+    def spelled_out(self, family: ModelFamily) -> "LoraSettings":
+        """The same settings, with the sorted names in place of words: equal where they adapt the same."""
+        return self.model_copy(update={"targets": tuple(sorted(set(self.names_in(family))))})
+
 
 def lora_layers(model: nn.Module) -> list[LoraLayer]:
     """The adapted modules, in model order."""
@@ -66,19 +70,8 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
     if lora_layers(model):
         _check_same(model, settings)
         return
+    check_projections(model, settings)
     targets = settings.names_in(family_of(base_model_type(model)))
-    head = model.get_output_embeddings()
-    names = [
-        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
-    ]
-    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if unknown:
-        leaves = sorted({name.rpartition(".")[2] for name in names})
-        raise RecipeError(
-            f"no projection is called {', '.join(unknown)}; this model has {', '.join(leaves)}",
-            place="lora.targets",
-            remedy="`attention` and `mlp` stand for the projections there, whatever a family calls them.",
-        )
     config = LoraConfig(
         r=settings.r,
         lora_alpha=settings.alpha,  # type: ignore[arg-type]
@@ -93,6 +86,27 @@ def add_lora(model: PreTrainedModel, settings: LoraSettings) -> None:
         parameter.data = parameter.data.to(device, torch.float32)
 
 
+def check_projections(model: PreTrainedModel, settings: LoraSettings) -> None:
+    """Refuse targets that name no projection of a model.
+
+    Raises:
+        RecipeError: with the names that it has.
+    """
+    head = model.get_output_embeddings()
+    names = [
+        name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)) and module is not head
+    ]
+    targets = settings.names_in(family_of(base_model_type(model)))
+    unknown = [target for target in targets if not any(f".{name}".endswith(f".{target}") for name in names)]
+    if unknown:
+        leaves = sorted({name.rpartition(".")[2] for name in names})
+        raise RecipeError(
+            f"no projection is called {', '.join(unknown)}; this model has {', '.join(leaves)}",
+            place="lora.targets",
+            remedy="`attention` and `mlp` stand for the projections there, whatever a family calls them.",
+        )
+
+
 def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:
     """Refuse settings that differ from those the model's adapters were made with."""
     config: LoraConfig = model.peft_config[ADAPTER]  # type: ignore[assignment]  # peft puts it there
@@ -102,8 +116,7 @@ def _check_same(model: PreTrainedModel, settings: LoraSettings) -> None:
         dropout=config.lora_dropout,
         targets=tuple(sorted(config.target_modules or ())),
     )
-    targets = settings.names_in(family_of(base_model_type(model)))
-    if made != settings.model_copy(update={"targets": tuple(sorted(set(targets)))}):
+    if made != settings.spelled_out(family_of(base_model_type(model))):
         raise RecipeError(
             f"the model has adapters of an earlier stage with other settings: {made}",
             place="lora",

@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import find_packed_sequence_indices
 from transformers.utils.import_utils import is_tracing
 
-from linearize.cache import student_layer
+from linearize.cache import NO_STATIC_CACHE, student_layer
 from linearize.families import ModelFamily
 from linearize.families.base import NORMS
 from linearize.mixers import HeadInputs, HeadShapes, MixerState, Rope, StudentMixer
@@ -209,6 +209,8 @@ def hand_padding_to_students(trunk: nn.Module, args: tuple[Any, ...], kwargs: di
     assert isinstance(config, PreTrainedConfig)
     cached = given.get("past_key_values") is not None or (config.use_cache if use_cache is None else use_cache)
     segments = given.get("segments_BT")
+    if isinstance(mask, dict):  # `generate` made them
+        raise RuntimeError(NO_STATIC_CACHE)
     if "segments_BT" in given and mask is not None and mask.ndim == 4:  # says the same, to softmax layers
         return (), {**given, "padding_mask_BT": None, "segments_BT": segments}
     if mask is not None and mask.ndim != 2:

@@ -11,6 +11,11 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionLaye
 
 from linearize.mixers.base import MixerState
 
+NO_STATIC_CACHE = (
+    "a linear-attention student cannot decode with a static cache, and needs none: its state does not grow; "
+    "leave out cache_implementation='static', or use a DynamicCache"
+)
+
 
 class StudentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
     """The state of one student layer: a few batch-first tensors of fixed size, and how many tokens they have read."""
@@ -62,7 +67,7 @@ class StudentCacheLayer(LinearAttentionLayer, CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         if tokens_to_remove:
-            raise RuntimeError("the state of a linear-attention student cannot be rolled back; start from a new cache")
+            raise RuntimeError("the state of a linear-attention student cannot be rolled back, as guessing ahead needs")
 
     def offload(self) -> None:
         """Nothing to do: the state is small and stays on its device."""
@@ -92,10 +97,7 @@ def student_layer(cache: Cache, layer_idx: int) -> StudentCacheLayer:
     if isinstance(layer, StudentCacheLayer):
         return layer
     if isinstance(layer, StaticLayer):
-        raise RuntimeError(
-            "a linear-attention student cannot decode with a static cache, and needs none: its state does not grow; "
-            "leave out cache_implementation='static', or use a DynamicCache"
-        )
+        raise RuntimeError(NO_STATIC_CACHE)
     if isinstance(layer, CacheLayerMixin) and layer.get_seq_length() != 0:
         raise RuntimeError(
             f"layer {layer_idx} of this cache holds keys and values of softmax attention; a linear-attention "

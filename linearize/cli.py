@@ -31,6 +31,17 @@ from linearize.commands.options import (
 from linearize.errors import LinearizeError, MainFailed, RunInterrupted, UnknownFamilyError
 
 USER_ERROR, INTERRUPTED = 2, 130
+_FREE_SPACE = "Nothing saved is lost: free space, then repeat the command, `convert` with --resume."
+_ALLOW = "Choose another place, or give the rights that allow it."
+SYSTEM_ERRORS = {
+    errno.ENOSPC: _FREE_SPACE,
+    errno.EDQUOT: _FREE_SPACE,
+    errno.EACCES: _ALLOW,
+    errno.EPERM: _ALLOW,
+    errno.EROFS: _ALLOW,
+    errno.EIO: "The disk or its connection fails: see the system's log.",
+}
+"""What a user can do about errors of the operating system that nothing nearer to them has explained."""
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -273,16 +284,21 @@ def main() -> int:
         loud_console.print(f"[bold red]error[/bold red] {escape(str(error))}", highlight=False)
         return USER_ERROR
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in SYSTEM_ERRORS:
             raise
-        remedy = "Nothing saved is lost: free space, then repeat the command with --resume."
-        log_console.print(f"[bold red]error[/bold red] {escape(str(error))}. {remedy}", highlight=False)
+        place = "" if error.filename is None else f"{error.filename}: "
+        said = f"{place}{error.strerror}. {SYSTEM_ERRORS[error.errno]}"
+        loud_console.print(f"[bold red]error[/bold red] {escape(said)}", highlight=False)
         return USER_ERROR
     except RunInterrupted as stopped:
         log_console.print(escape(str(stopped)), highlight=False)
         return INTERRUPTED
-    except KeyboardInterrupt:
-        log_console.print("interrupted", highlight=False)
+    except (KeyboardInterrupt, SystemExit) as ended:
+        if isinstance(ended, SystemExit) and ended.code != INTERRUPTED:  # typer turns Ctrl-C into an exit
+            raise
+        log_console.print(
+            "interrupted; what was finished is kept: repeat the command, `convert` with --resume", highlight=False
+        )
         return INTERRUPTED
     return 0
 

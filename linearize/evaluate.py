@@ -7,7 +7,6 @@ interrupted, or that asks for more, measures only what is missing.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
@@ -37,6 +36,7 @@ from linearize.export import load_student_config, load_student_tokenizer, refuse
 from linearize.fingerprint import pinned
 from linearize.machine import choose_machine, versions
 from linearize.reach import last_position
+from linearize.run_folder import read_json
 
 Found = dict[str, list[Config]]
 """Rows by kind."""
@@ -53,7 +53,7 @@ def teacher_of(folder: str | Path) -> str:
     remedy = "Name the teacher with --teacher, or leave it out with --no-teacher."
     if not path.is_file():
         raise RunError("does not exist, so the teacher is unknown", place=str(path), remedy=remedy)
-    metrics = json.loads(path.read_text(encoding="utf-8"))
+    metrics = read_json(path)
     model = metrics.get("model")
     if not isinstance(model, str):
         raise RunError("does not name the teacher's `model`", place=str(path), remedy=remedy)

@@ -33,7 +33,7 @@ from linearize.modeling import STUDENT_CLASSES, student_config
 from linearize.quantized import dequantize
 from linearize.recipe import Recipe
 from linearize.remote_code import FILE as REMOTE_CODE_FILE
-from linearize.remote_code import remote_code
+from linearize.run_folder import read_json
 from linearize.surgery import Graft, base_model_type
 from linearize.teacher_files import HUB_ID, split_revision
 
@@ -68,9 +68,6 @@ def export_student(graft: Graft, tokenizer: PreTrainedTokenizerBase, recipe: Rec
         aside.mkdir(parents=True)
         student = _as_student(graft, recipe)
         save_model(student, aside)
-        names = type(student.config).__name__, type(student).__name__
-        code = remote_code(base_model_type(graft.model), recipe.mixer.kind, *names)
-        (aside / REMOTE_CODE_FILE).write_text(code, encoding="utf-8")
         tokenizer.save_pretrained(aside)
         save_file(probe(graft.model), aside / PROBE_FILE)
         (aside / "recipe.yaml").write_text(yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False))
@@ -179,13 +176,21 @@ def refuse_no_student(folder: str | Path) -> None:
     """Say so where no student can be: transformers would ask the Hub for a folder that is misspelt, for a minute.
 
     Raises:
-        RunError: there is no such folder and the name is none of the Hub's, or the folder holds no model.
+        RunError: there is no such folder and the name is none of the Hub's, or the folder holds no model, or a damaged
+            one.
     """
     path = Path(folder)
     if path.exists() and not (path / "config.json").is_file():
         began = (path / "run" / "run.json").is_file()
         problem = "holds no config.json" + (": its run has not ended" if began else "")
         raise RunError(problem, place=str(path), remedy="Give the --out folder of a finished run.")
+    entry = read_json(path / "config.json").get("linearize")
+    if entry is not None and not (isinstance(entry, dict) and {"format", "mixer", "layers"} <= entry.keys()):
+        raise RunError(
+            "the `linearize` entry does not hold format, mixer and layers",
+            place=f"{path}, config.json",
+            remedy="Copy or download config.json again.",
+        )
     name, _ = split_revision(str(folder))
     if not path.exists() and (Path(name).exists() or not HUB_ID.fullmatch(name)):  # a folder has no revisions
         raise RunError("no such folder", place=str(path), remedy="Give the --out folder of a finished run.")
@@ -214,8 +219,8 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below instead
         )
-    except LinearizeError:
-        raise
+    except LinearizeError as error:  # names the file, not where it lies
+        raise type(error)(error.problem, place=f"{folder}, {error.place}", remedy=error.remedy) from None
     except (OSError, ValueError, SafetensorError) as error:
         raise RunError(" ".join(str(error).split()), place=str(folder)) from None
     finally:
@@ -225,7 +230,11 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
     model, info = loaded
     wrong = {what: sorted(map(str, names)) for what, names in info.items() if names}
     if wrong:
-        raise RunError(f"its weights do not fit its config: {json.dumps(wrong)[:500]}", place=str(folder))
+        raise RunError(
+            f"its weights do not fit its config: {json.dumps(wrong)[:500]}",
+            place=str(folder),
+            remedy="Files of it may be missing or of another student: copy or download it again.",
+        )
     return model.eval().to(torch.device(device))
 
 

@@ -26,7 +26,7 @@ from huggingface_hub.utils import validate_repo_id
 from linearize.card import PLACE, paths_said, without_folders
 from linearize.errors import HubError
 from linearize.hub_refusals import first_line, redact
-from linearize.run_folder import write_json
+from linearize.run_folder import read_json, write_json
 
 UPLOADED = (
     *("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"),
@@ -143,13 +143,20 @@ def _metrics(folder: Path) -> dict[str, Any]:
     if missing:
         remedy = "Give the --out folder of a finished conversion."
         raise HubError(f"is no finished student: it lacks {', '.join(missing)}.", place=str(folder), remedy=remedy)
-    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    found = read_json(folder / "metrics.json")
+    if not isinstance(found.get("teacher"), dict):
+        raise HubError(
+            "does not name the teacher, and so not its licence.",
+            place=str(folder / "metrics.json"),
+            remedy="Give the --out folder of a finished conversion.",
+        )
     return found
 
 
 def _check_license(job: Push, teacher: dict[str, Any], say: Callable[[str], None]) -> None:
     """Say what the teacher's licence means for the student, before anything leaves the machine."""
-    name = None if teacher["license"] is None else str(teacher["license"]).lower()
+    license_name = teacher.get("license")
+    name = None if license_name is None else str(license_name).lower()
     if name in OPEN_LICENSES:
         return
     if name in CONDITIONS:

@@ -64,9 +64,10 @@ def refusal_of(repo: str, revision: str | None, error: Exception) -> TeacherErro
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error, without its full stop and without credentials."""
-    text = str(error).strip() or type(error).__name__
-    return redact(text.splitlines()[0]).rstrip(".:")
+    """The first line of an error, and the second where it only announces that; without full stop and credentials."""
+    first, *rest = (str(error).strip() or type(error).__name__).splitlines()
+    said = f"{first} {rest[0].strip()}" if first.endswith(":") and rest else first
+    return redact(said).rstrip(".:!")
 
 
 def redact(text: str) -> str:

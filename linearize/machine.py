@@ -62,7 +62,7 @@ def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise RunError(
-            f"'{wanted}' is no usable device: {str(error).splitlines()[0]}",
+            f"'{wanted}' is no usable device: {str(error).splitlines()[0].partition('. ')[0]}",
             place="--device",
             remedy="Give cpu, cuda or cuda:N, or leave it out: a GPU is taken when there is one.",
         ) from None

@@ -22,6 +22,8 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as RichBar
 from torch import Tensor
 
+from linearize.errors import RunError
+
 log = logging.getLogger(__name__)
 
 # Fields of a record that depend on the machine's speed; all others repeat to the last bit on the CPU.
@@ -79,9 +81,21 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """All records of a `metrics.jsonl`, oldest first; an unfinished last line is left out."""
-    lines = path.read_text("utf-8").splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """All records of a `metrics.jsonl`, oldest first; an unfinished last line is left out.
+
+    Raises:
+        RunError: a line is no record.
+    """
+    found: list[dict[str, Any]] = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            continue
+        try:
+            found.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            remedy = "Delete the line: the run itself does not need it."
+            raise RunError("holds no record", place=f"{path}, line {number}", remedy=remedy) from None
+    return found
 
 
 def fetch_means(

@@ -6,7 +6,9 @@ Registered with the Auto* classes when linearize is imported, so that
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from functools import partial, wraps
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -176,9 +178,26 @@ def _lazy(name: str) -> Any:
     return getattr(transformers, name)
 
 
+def _saving_code(save: Callable[..., None]) -> Callable[..., None]:
+    """`save_pretrained` that takes the student's code along, where config.json names it: one that was trained on must
+    load elsewhere, too. Where that code itself runs, transformers copies it."""
+
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *arguments: Any, **named: Any
+    ) -> None:
+        save(self, save_directory, is_main_process, *arguments, **named)
+        if is_main_process and "auto_map" in self.config.to_dict():
+            from linearize.remote_code import write_code
+
+            write_code(self, Path(save_directory))
+
+    return wraps(save)(save_pretrained)
+
+
 STUDENT_CLASSES = {family.model_type: _make_classes(family) for family in FAMILIES.values()}
 
 for _config_class, _model_class in STUDENT_CLASSES.values():
+    _model_class.save_pretrained = _saving_code(_model_class.save_pretrained)  # type: ignore[method-assign]
     globals()[_config_class.__name__], globals()[_model_class.__name__] = _config_class, _model_class
     AutoConfig.register(_config_class.model_type, _config_class, exist_ok=True)
     AutoModelForCausalLM.register(_config_class, _model_class, exist_ok=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,6 +16,7 @@ from linearize.caching import Targets, check_targets, targets_of
 from linearize.checkpoint import load_latest, restore_student
 from linearize.data import Corpus
 from linearize.distributed import Split, check_agreement, choose_split, share_rows, sharing, start_processes
+from linearize.errors import SurgeryError, TeacherError
 from linearize.export import export_student, load_student
 from linearize.faults import told
 from linearize.fingerprint import fingerprint_of, pinned
@@ -30,7 +32,7 @@ from linearize.randomness import seed_all
 from linearize.recipe import Recipe, load_recipe
 from linearize.run_folder import RunFolder, share_run_folder
 from linearize.sharding import free_weights, load_sharded_student, load_sharded_teacher
-from linearize.stages import Stage, build_stage, check_sizes, check_stages, student_parameters
+from linearize.stages import Stage, build_stage, check_graft, check_sizes, check_stages, student_parameters
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.streaming import stream_layers
 from linearize.surgery import Graft, Swap, graft, plan_surgery, with_frozen_teacher
@@ -75,11 +77,13 @@ def convert(job: Conversion, console: Console | None = None) -> Converted:
         targets = _checked(_targets(job, shared, machine, teacher, corpus))
         facts = facts_of(job, recipe, machine, teacher, corpus) | sharing(rows, split, processes)
         facts |= {"weights": weights, "overlap": say_overlap(corpus, heldout, teacher.tokenizer, console)}
-        folder.begin(facts)
+        folder = folder.begin(facts)
         streamed = stream_layers(teacher.model, machine.device) if job.stream_layers else None
         together = split == "fsdp"
         before = folder.once("teacher", lambda: asdict(measure(teacher.model, teacher.tokenizer, heldout)), together)
+        _refuse_broken(teacher, before["perplexity"])
         grafted = replace(_graft(teacher.model, plan, recipe, job.compile), stream=streamed)
+        check_graft(recipe.stages, grafted)
         second = "" if grafted.teacher is None else " Base weights will train: the teacher is a second copy."
         console.print(f"Grafted {len(plan)} student layers: {recipe.mixer.kind}.{second}", highlight=False)
         untrained = folder.once("untrained", partial(measure_in_training, grafted, heldout), together)
@@ -159,9 +163,22 @@ def _load_teacher(
     return teacher
 
 
+def _refuse_broken(teacher: Teacher, perplexity: dict[str, float]) -> None:
+    """Refuse a teacher that nothing can be learnt from, and say that it is the teacher."""
+    broken = [f"{found} on {source}" for source, found in perplexity.items() if not math.isfinite(found)]
+    if broken:
+        raise TeacherError(
+            f"its perplexity is {', '.join(broken)}: its weights are broken, or overflow in {teacher.model.dtype}.",
+            place=teacher.origin,
+            remedy="Look with `linearize doctor`; `--set precision=fp32` where only the precision is at fault.",
+        )
+
+
 def _plan(model: PreTrainedModel, recipe: Recipe) -> tuple[Swap, ...]:
     """The surgery; it and the recipe's stages fit the model."""
     plan = plan_surgery(model, recipe.mixer, recipe.keep_softmax, recipe.replace_sliding)
+    if not plan:
+        raise SurgeryError("leaves no layer to replace", place="keep_softmax", remedy="Take layers out of it.")
     check_stages(recipe.stages, plan)
     check_sizes(recipe.stages, model)
     return plan

@@ -15,7 +15,7 @@ from linearize.machine import Machine, versions
 from linearize.measuring import Converted
 from linearize.recipe import Recipe
 from linearize.report import write_report
-from linearize.run_folder import write_json
+from linearize.run_folder import write_json, write_text
 from linearize.teacher import Teacher
 
 
@@ -91,5 +91,5 @@ def document(recipe: Recipe, facts: dict[str, Any], result: Converted) -> Path:
         "samples": {"prompt": PROMPT, "teacher": result.teacher.sample, "student": result.student.sample},
     }
     write_json(result.folder / "metrics.json", metrics)
-    (result.folder / "README.md").write_text(model_card(recipe, metrics), encoding="utf-8")
+    write_text(result.folder / "README.md", model_card(recipe, metrics))
     return write_report([result.folder], images=False)

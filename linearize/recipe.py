@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -29,6 +29,8 @@ from linearize.paths import shipped
 from linearize.stages import STAGES, StageConfig
 from linearize.surgery import KeepSoftmax
 
+_KNOWN_KEYS = "; known keys: "
+
 MIN_STEPS = 100
 """`--tokens` shrinks a stage's batch before it lets the stage fall below this many optimiser steps."""
 
@@ -48,10 +50,10 @@ class Recipe(Config):
     drop_overlap: Number | None = Field(
         None, ge=0, lt=1, description="drop training documents that share more than this with held-out text"
     )
-    heldout_tokens: TokenCount = Field(8192, gt=0, description="tokens kept aside to measure on (per source of a file)")
+    heldout_tokens: TokenCount = Field(8192, gt=1, description="tokens kept aside to measure on (per source of a file)")
     evaluations: int = Field(4, ge=1, description="held-out measurements per stage, the last at its end")
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
     @field_validator("keep_softmax", mode="wrap")
     @classmethod
@@ -204,13 +206,27 @@ def _scale_stage(stage: StageConfig, tokens: int) -> StageConfig:
     return stage.model_copy(update={"tokens": tokens, "batch": batch, "micro_batch": micro_batch})
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """The file's values, and the line of every key."""
+def recipe_text(recipe: str) -> str:
+    """A recipe's file as it was written.
+
+    Raises:
+        RecipeError: there is none, or it is no text.
+    """
+    return _read_text(find_recipe(recipe))
+
+
+def _read_text(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
-        values, node = yaml.safe_load(text), yaml.compose(text)
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"cannot be read as text: {error}", place=str(path)) from None
+
+
+def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """The file's values, and the line of every key."""
+    text = _read_text(path)
+    try:
+        values, node = yaml.safe_load(text), yaml.compose(text)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         place = str(path) if mark is None else f"{path}, line {mark.line + 1}"
@@ -320,16 +336,25 @@ def _validate(model: type[Any], values: dict[str, Any], prefix: str, source: _So
             inside = [str(part) for part in item["loc"] if part != "[key]"]  # pydantic's mark of a wrong dictionary key
             key = ".".join([*([prefix] if prefix else []), *inside])
             findings.append((key, _explain(item, model)))
-        text = "; ".join(f"{key}: {message}" if key else message for key, message in findings)
+        text = "; ".join(f"{key}: {message}" if key else message for key, message in _said_once(findings))
         places = [source.place(key) for key, _ in findings]
         raise RecipeError(text, place=next((place for place in places if place != source.name), source.name)) from None
+
+
+def _said_once(findings: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """Known keys are listed with the first unknown one: a file of something else has many."""
+    listed: set[str] = set()
+    for key, message in findings:
+        start, mark, names = message.partition(_KNOWN_KEYS)
+        yield key, start if names in listed else message
+        listed |= {names} if mark else set()
 
 
 def _explain(item: Any, model: type[Config]) -> str:
     if item["type"] == "extra_forbidden":
         names = _field_names(model, item["loc"][:-1])
         near = get_close_matches(str(item["loc"][-1]), names, n=1)
-        return "unknown key" + (f"; did you mean '{near[0]}'?" if near else f"; known keys: {', '.join(sorted(names))}")
+        return "unknown key" + (f"; did you mean '{near[0]}'?" if near else f"{_KNOWN_KEYS}{', '.join(sorted(names))}")
     if item["type"] == "missing":
         return "is missing"
     if item["type"] == "model_type":

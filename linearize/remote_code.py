@@ -16,9 +16,12 @@ from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 import linearize
 from linearize.families import FAMILIES
 from linearize.mixers import MIXERS
+from linearize.surgery import base_model_type
 
 FILE = "modeling_linearized.py"
 ROOT = "linearize.modeling"
@@ -125,6 +128,13 @@ def remote_code(model_type: str, kind: str, config: str, model: str) -> str:
     footer = f'{config}, {model} = _make_classes(FAMILIES["{model_type}"])\n'
     parts = [header, "from __future__ import annotations\n", bundle.imports(), *bundle.parts(), footer]
     return "\n".join(parts)
+
+
+def write_code(student: PreTrainedModel, folder: Path) -> None:
+    """Write a student's code beside its weights."""
+    names = type(student.config).__name__, type(student).__name__
+    code = remote_code(base_model_type(student), student.config.linearize["mixer"]["kind"], *names)
+    (folder / FILE).write_text(code, encoding="utf-8")
 
 
 class _Bundle:

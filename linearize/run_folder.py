@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +29,7 @@ class RunFolder:
 
     student: Path  # the Hugging Face folder
     processes: Processes = ALONE  # every one calls, the main one reads and writes
+    replaces: bool = False  # a former run lies here still; `begin` deletes it
 
     @property
     def run(self) -> Path:
@@ -45,21 +46,30 @@ class RunFolder:
 
     def facts(self) -> dict[str, Any]:
         """What the run began with; empty before it did."""
-        return self.processes.on_main(lambda: _read_json(self.facts_file))
+        return {} if self.replaces else self.processes.on_main(lambda: read_json(self.facts_file))
 
     def results(self) -> dict[str, Any]:
         """What was measured so far, by name."""
-        return self.processes.on_main(lambda: _read_json(self.results_file))
+        return {} if self.replaces else self.processes.on_main(lambda: read_json(self.results_file))
 
-    def begin(self, facts: dict[str, Any]) -> None:
+    def begin(self, facts: dict[str, Any]) -> "RunFolder":
         """Note what the run begins with, or check that a resumed one goes on with the same.
 
+        A former run is deleted here and not before: a misspelt model or too little text costs no student.
+
+        Returns:
+            the folder of the run that has begun.
+
         Raises:
-            RunError: naming every difference.
+            RunError: naming every difference; or the former run cannot be deleted.
         """
         self.check_same(facts)
-        if not self.facts():
+        if self.replaces:
+            self.processes.on_main(lambda: _delete_former(self))
+        began = replace(self, replaces=False)
+        if not began.facts():
             self.processes.on_main(lambda: write_json(self.facts_file, facts))
+        return began
 
     def check_same(self, facts: dict[str, Any]) -> None:
         """Check what is known of a resumed run so far; all of it in `begin`.
@@ -137,20 +147,31 @@ def _leaves(value: Any, key: str = "") -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all.
+    """Write a JSON file, and the folder it lies in, whole or not at all.
 
     Raises:
         RunError: when it cannot be written.
     """
-    aside, text = _aside(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, and the folder it lies in, whole or not at all.
+
+    Raises:
+        RunError: when it cannot be written.
+    """
+    aside = _aside(path)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # without it, a power cut may leave the new name with an empty file
         os.replace(aside, path)
     except OSError as error:
-        raise RunError(f"cannot be written: {error.strerror or error}", place=str(path)) from None
+        remedy = "Free space, or choose a folder that can be written."
+        raise RunError(f"cannot be written: {error.strerror or error}", place=str(path), remedy=remedy) from None
 
 
 def _aside(path: Path) -> Path:
@@ -162,7 +183,12 @@ def _before_it_began(folder: RunFolder) -> tuple[Path, ...]:
     return folder.run / ".lock", _aside(folder.facts_file)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The keys and values of a JSON file; empty where there is none.
+
+    Raises:
+        RunError: it cannot be read, or holds something else.
+    """
     if not path.is_file():
         return {}
     try:
@@ -179,11 +205,11 @@ def share_run_folder(processes: Processes, out: str | Path, *, resume: bool, ove
     """`open_run_folder` for many processes: the main one holds it, all of them must see it."""
     with ExitStack() as held:
 
-        def take() -> None:
-            held.enter_context(open_run_folder(out, resume=resume, overwrite=overwrite))
+        def take() -> bool:
+            return held.enter_context(open_run_folder(out, resume=resume, overwrite=overwrite)).replaces
 
-        processes.on_main(take)
-        yield RunFolder(Path(out).absolute(), processes)
+        replaces = processes.on_main(take)
+        yield RunFolder(Path(out).absolute(), processes, replaces)
 
 
 @contextmanager
@@ -211,7 +237,7 @@ def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterat
             with known.open("a") if known.is_file() else nullcontext() as held:
                 if held is not None:
                     _take(held, folder)
-                _clear(folder, overwrite)
+                _refuse_former(folder, overwrite)
         folder.run.mkdir(parents=True, exist_ok=True)
         lock = (folder.run / ".lock").open("w")
     except OSError as error:
@@ -219,7 +245,7 @@ def open_run_folder(out: str | Path, *, resume: bool, overwrite: bool) -> Iterat
         raise RunError(f"cannot be written: {error.strerror or error}", place=str(out), remedy=remedy) from None
     with lock:
         _take(lock, folder)
-        yield folder
+        yield replace(folder, replaces=used and not resume)
 
 
 def _take(lock: IO[str], folder: RunFolder) -> None:
@@ -229,8 +255,8 @@ def _take(lock: IO[str], folder: RunFolder) -> None:
         raise RunError("another process is running in this folder", place=str(folder.student)) from None
 
 
-def _clear(folder: RunFolder, overwrite: bool) -> None:
-    """Delete a former run that may be overwritten, and that no process is in."""
+def _refuse_former(folder: RunFolder, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it is a former run that may be overwritten."""
     ours = folder.student.is_dir() and folder.facts_file.is_file()
     if not overwrite:
         ways = "delete it with --overwrite, or go on with --resume." if ours else "or delete it yourself."
@@ -242,4 +268,19 @@ def _clear(folder: RunFolder, overwrite: bool) -> None:
             place=str(folder.student),
             remedy="Choose another --out, or delete it yourself.",
         )
-    shutil.rmtree(folder.student)
+
+
+def _delete_former(folder: RunFolder) -> None:
+    """Delete all but the lock, which is held; run.json last, for by it a run that may be deleted is known."""
+    inside = [path for path in folder.run.iterdir() if path.name not in (".lock", folder.facts_file.name)]
+    try:
+        for path in [*(path for path in folder.student.iterdir() if path != folder.run), *inside]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+        folder.facts_file.unlink()
+    except OSError as error:
+        remedy = "Delete it yourself, or choose another --out."
+        problem = f"cannot be deleted: {error.strerror or error}"
+        raise RunError(problem, place=error.filename or str(folder.student), remedy=remedy) from None

@@ -220,9 +220,16 @@ def plan_surgery(
         replace_sliding: also replace layers whose softmax slides over a window already; they stay otherwise.
 
     Raises:
-        SurgeryError: listing every misfit of every layer; or when all layers slide and so none would be replaced.
+        SurgeryError: listing every misfit of every layer; when all layers slide and so none would be replaced; for a
+            student.
     """
     family = _family_in(model)
+    if any(isinstance(module, StudentAttention) for module in model.modules()):
+        raise SurgeryError(
+            "the model is a student already",
+            place=f"surgery on {family.model_type}",
+            remedy="Convert its teacher: `model` in its metrics.json.",
+        )
     layers = decoder_layers(model)
     keep = layers_to_keep(keep_softmax, len(layers))
     sliding = {} if replace_sliding else sliding_layers(model)
@@ -232,11 +239,7 @@ def plan_surgery(
         if index in keep or index in sliding:
             continue
         attention = layer.get_submodule(family.attention)
-        found = (
-            ["already a student layer"]
-            if isinstance(attention, StudentAttention)
-            else (find_misfits(attention, family, model.config))
-        )
+        found = find_misfits(attention, family, model.config)
         misfits += [f"layer {index}: {reason}" for reason in found]
         if not found:
             shapes = head_shapes(attention, family, model.config)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import pickle
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -181,6 +182,12 @@ def _load_weights(
                 trust_remote_code=False,
                 output_loading_info=True,
             )
+    except pickle.UnpicklingError as error:
+        raise TeacherError(
+            "its .bin files hold more than tensors, and what else they hold could run code; or they are broken.",
+            place=place,
+            remedy="Pass a checkpoint with safetensors.",
+        ) from error
     except _LOAD_ERRORS as error:
         remedy = "Check that the files are complete, or pass another checkpoint."
         raise TeacherError(f"its weights cannot be loaded: {first_line(error)}.", place=place, remedy=remedy) from error

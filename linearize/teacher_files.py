@@ -133,6 +133,8 @@ def find_checkpoint(model: str) -> Checkpoint:
         remedy = f"Leave out '@{revision}' to take {name} as it is."
         raise TeacherError(f"'{model}' does not exist, and only a model on the Hub has revisions.", remedy=remedy)
     if HUB_ID.fullmatch(name):
+        if path.parent.is_dir():
+            log.warning("there is no folder %s here; asking the Hub for a model of that name", name)
         return _from_hub(name, revision)
     if model[0] in "./~" or re.search(r"[/\\]|\.gguf$", model):
         remedy = "Check the path; a Hub id has the form owner/name or owner/name@revision."
@@ -271,6 +273,8 @@ def read_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         config = AutoConfig.from_pretrained(checkpoint.folder, gguf_file=checkpoint.gguf, trust_remote_code=False)
     except READ_ERRORS as error:
         remedy = f"transformers here is {transformers.__version__}; it must know this model without remote code."
+        if checkpoint.gguf is not None:
+            remedy = "Check that the file is complete."
         raise TeacherError(f"its config cannot be read: {first_line(error)}.", place=place, remedy=remedy) from error
     if config.is_encoder_decoder:
         problem = f"is an encoder-decoder model ({config.model_type})."

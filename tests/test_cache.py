@@ -246,6 +246,8 @@ def test_a_static_cache_is_refused(students: dict[str, Graft], make_tokens: Call
     model = students[keep].model
     with pytest.raises(RuntimeError, match="cannot decode with a static cache, and needs none"):
         model.generate(make_tokens(2, 12), max_new_tokens=5, cache_implementation="static", disable_compile=True)
+    with pytest.raises(RuntimeError, match="cannot decode with a static cache, and needs none"):
+        model.generate(make_tokens(2, 12), max_new_tokens=5, cache_implementation="static")
 
 
 @pytest.mark.parametrize("keep", ["all_students", "first_softmax"])

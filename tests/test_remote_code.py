@@ -98,6 +98,14 @@ def test_every_student_loads_without_linearize(work: Path) -> None:
         assert torch.equal(found[kind][1], student.generate(ids, max_new_tokens=6, do_sample=False)), kind
 
 
+@pytest.mark.parametrize("kind", ["swa", "gdn"])
+def test_a_student_that_is_saved_again_keeps_its_code(work: Path, kind: str, tmp_path: Path) -> None:
+    """One that was fine-tuned has to load elsewhere, too: its config.json names the code."""
+    load_student(work / kind).save_pretrained(tmp_path)
+    assert (tmp_path / remote_code.FILE).read_text() == (work / kind / remote_code.FILE).read_text()
+    assert '"auto_map"' in (tmp_path / "config.json").read_text()
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_the_code_is_small_and_asks_for_torch_and_transformers_only(work: Path, kind: str) -> None:
     path = work / kind / remote_code.FILE

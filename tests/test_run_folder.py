@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,50 @@ def test_a_used_folder_is_refused_and_unchanged(tmp_path: Path) -> None:
     assert files(tmp_path) == before
 
 
-def test_overwrite_deletes_a_former_run(tmp_path: Path) -> None:
+def test_overwrite_deletes_a_former_run_when_the_new_one_begins(tmp_path: Path) -> None:
     make_run(tmp_path / "out")
+    (tmp_path / "out" / "report").mkdir()
+    (tmp_path / "out" / "report" / "index.html").write_text("x")
+    before = files(tmp_path)
     with open_run_folder(tmp_path / "out", resume=False, overwrite=True) as folder:
-        assert folder.facts() == {}
-        assert set(files(tmp_path)) == {"out/run/.lock"}
+        assert folder.facts() == folder.results() == {}
+        assert files(tmp_path) == before
+        began = folder.begin({**FACTS, "seed": 1})
+        assert began.facts()["seed"] == 1
+        assert set(files(tmp_path)) == {"out/run/.lock", "out/run/run.json"}
+        with (
+            pytest.raises(RunError, match="another process"),
+            open_run_folder(tmp_path / "out", resume=True, overwrite=False),
+        ):
+            pass  # the lock outlives the deletion
+
+
+def test_a_run_that_never_begins_deletes_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path / "out")
+    before = files(tmp_path)
+    with pytest.raises(ZeroDivisionError), open_run_folder(tmp_path / "out", resume=False, overwrite=True):
+        raise ZeroDivisionError  # a misspelt teacher, too little text
+    assert files(tmp_path) == before
+    with open_run_folder(tmp_path / "out", resume=True, overwrite=False) as folder:
+        assert folder.begin(FACTS).facts() == FACTS
+
+
+def test_a_deletion_that_broke_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until all else is gone, the folder is known as a run of ours."""
+    make_run(tmp_path / "out")
+
+    def fail(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    with open_run_folder(tmp_path / "out", resume=False, overwrite=True) as folder:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "unlink", fail)
+            with pytest.raises(RunError, match="config.json: cannot be deleted: Permission denied. Delete it yourself"):
+                folder.begin(FACTS)
+        assert (folder.run / "run.json").is_file()
+    with open_run_folder(tmp_path / "out", resume=False, overwrite=True) as folder:
+        folder.begin(FACTS)
+    assert set(files(tmp_path)) == {"out/run/.lock", "out/run/run.json"}
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
@@ -192,8 +232,10 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
         write_json(target, {"a": object()})
     assert json.loads(target.read_text()) == {"a": "ü"}
     assert set(files(tmp_path)) == {"x.json"}
-    with pytest.raises(RunError, match=r"nowhere/x\.json: cannot be written"):
-        write_json(tmp_path / "nowhere" / "x.json", {})
+    with pytest.raises(RunError, match=r"x\.json/y\.json: cannot be written: .*\. Free space, or choose a folder"):
+        write_json(target / "y.json", {})
+    write_json(tmp_path / "new" / "x.json", {})
+    assert set(files(tmp_path)) == {"x.json", "new/x.json"}
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:

@@ -70,7 +70,7 @@ def write_recall(
     from linearize.recipe import read_tokens
     from linearize.teacher import load_tokenizer
 
-    names = tuple(find_tasks([name.strip() for name in tasks.split(",")]))
+    names = tuple(find_tasks([name.strip() for name in tasks.split(",")], "--tasks"))
     with log_console.status("Writing") as status:
         wanted = RecallTexts(names, length, read_tokens(tokens), seed, prose_of(text, text_field))
         documents = write_recall_texts(wanted, load_tokenizer(model), out, status.update)

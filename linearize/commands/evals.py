@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from linearize.commands.options import DeviceOption, TextFieldOption, log_console, out_console
+from linearize.commands.options import DeviceOption, TextFieldOption, check_teacher_options, log_console, out_console
 from linearize.errors import DataError
 
 
@@ -84,7 +84,8 @@ def evaluate(
             place="linearize eval",
             remedy="Give --text, --recall, --tasks, --tasks-dir, --diagnostics or --all.",
         )
-    chosen = tuple(parse_lengths(lengths))
+    chosen = tuple(dict.fromkeys(parse_lengths(lengths)))
+    check_teacher_options(teacher, no_teacher)
     wanted = Wanted(
         folder=path,
         teacher=None if no_teacher else (teacher or teacher_of(path)),

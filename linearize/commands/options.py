@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from linearize.errors import RunError
+
 _FOLLOWS = os.environ.get("RANK", "0") != "0"  # one of several processes speaks for all, unless it fails alone
 out_console = Console(quiet=_FOLLOWS)
 log_console = Console(stderr=True, quiet=_FOLLOWS)
@@ -38,3 +40,13 @@ QuantizeOption = Annotated[
 ]
 DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; a GPU is taken when there is one.")]
 TextFieldOption = Annotated[str | None, typer.Option(help="The column of the text in parquet, jsonl or a data set.")]
+
+
+def check_teacher_options(teacher: str | None, no_teacher: bool) -> None:
+    """Refuse a teacher that is named and left out.
+
+    Raises:
+        RunError: both are asked for.
+    """
+    if teacher is not None and no_teacher:
+        raise RunError("contradicts --no-teacher", place="--teacher", remedy="Leave one of them out.")

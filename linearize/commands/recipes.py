@@ -24,9 +24,9 @@ def list_recipes() -> None:
 @app.command("show")
 def show_recipe(name: Annotated[str, typer.Argument(help="A shipped recipe's name or a YAML file.")]) -> None:
     """Print a recipe's file: copy it to begin your own."""
-    from linearize.recipe import find_recipe
+    from linearize.recipe import recipe_text
 
-    sys.stdout.write(find_recipe(name).read_text(encoding="utf-8"))
+    sys.stdout.write(recipe_text(name))
 
 
 @app.command("validate")

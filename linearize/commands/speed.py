@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from linearize.commands.options import DeviceOption, log_console, out_console
+from linearize.commands.options import DeviceOption, check_teacher_options, log_console, out_console
 
 
 def speed(
@@ -33,6 +33,7 @@ def speed(
     from linearize.evaluate import parse_lengths, teacher_of
     from linearize.report.terminal import speed_report
 
+    check_teacher_options(teacher, no_teacher)
     settings = SpeedSettings(
         lengths=tuple(sorted(set(parse_lengths(lengths)))), batch=batch, decode=decode, repeats=repeats, graphs=graphs
     )

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
+from linearize.errors import TeacherError
+
 
 def uniforms(seed: int, documents: Sequence[int], turn: int, steps: int) -> Tensor:
     """float32 [B, S] in [0, 1): row i depends on the seed, document i and the turn alone, its beginning not on S."""
@@ -61,5 +63,11 @@ class Draws(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         step = input_ids.shape[1] - self._prompt
         self._on_step(step)
+        if scores.isnan().any():  # generate asks the device at every step anyway, whether all have ended
+            raise TeacherError(
+                "its scores are not numbers: its weights are broken, or overflow in this precision.",
+                place="the teacher",
+                remedy="Look with `linearize doctor`.",
+            )
         token_B = draw(scores, self._uniforms_BS[:, step], self._temperature, self._top_p)
         return torch.full_like(scores, -torch.inf).scatter_(1, token_B[:, None], 0.0)

@@ -100,6 +100,8 @@ def shares(sources: Sequence[Source]) -> list[float]:
 
 def _parse_source(text: str, text_field: str | None) -> SourceConfig:
     """`SOURCE=WEIGHT`; an existing path wins, should its name hold an equals sign."""
+    if not text:
+        raise DataError("is empty.", place="--data", remedy="Give a file, a folder or a Hub data set (owner/name).")
     name, equals, weight = text.rpartition("=")
     if not equals or Path(text).expanduser().exists():
         return SourceConfig(source=text, weight=1.0, text_field=text_field)

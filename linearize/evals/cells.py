@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from linearize.errors import RunError
-from linearize.evals.records import FOLDER
+from linearize.evals.records import FOLDER, make_folder
 from linearize.run_folder import write_json
 
 
@@ -17,13 +17,7 @@ class Cells:
     """The folder `OUT/evals/cells`. Delete it to measure everything again."""
 
     def __init__(self, out: Path) -> None:
-        self.folder = out / FOLDER / "cells"
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise RunError(
-                f"cannot be written: {error.strerror or error}", place=str(out), remedy="Choose another --out."
-            ) from None
+        self.folder = make_folder(out, f"{FOLDER}/cells")
 
     def once(self, key: dict[str, Any], measure: Callable[[], Any]) -> Any:
         """The value (plain data) of that key, measured now if it was not before.

@@ -6,6 +6,7 @@ A row names the model it is about: `teacher`, `student`, or the student with a b
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -132,11 +133,27 @@ class Made(Config):
     versions: dict[str, str]
 
 
+def make_folder(out: Path, name: str = FOLDER) -> Path:
+    """The folder of rows, made before anything is measured for it.
+
+    Raises:
+        RunError: it cannot be made or written.
+    """
+    folder = out / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        problem = f"cannot be written: {error.strerror or error}"
+        raise RunError(problem, place=str(out), remedy="Choose another folder for the results.") from None
+    return folder
+
+
 def write_rows(folder: Path, kind: str, rows: Sequence[Config], made: Made) -> Path:
     """Write `folder/evals/<kind>.json`, whole or not at all; returns its path."""
     assert all(type(row) is ROWS[kind] for row in rows), kind
     path = folder / FOLDER / f"{kind}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"made": made.model_dump(), "rows": [row.model_dump() for row in rows]})
     return path
 

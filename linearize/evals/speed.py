@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 import linearize.modeling  # noqa: F401 - registers the classes
 from linearize.config import Config
 from linearize.errors import RunError
-from linearize.evals.records import Made, SpeedRow, write_rows
+from linearize.evals.records import Made, SpeedRow, make_folder, write_rows
 from linearize.evals.stepping import WARM_STEPS, Step, captured, read_context, rewind, roomy_cache, state_bytes
 from linearize.evals.subjects import surgery_of
 from linearize.export import load_student
@@ -93,6 +93,7 @@ def measure_speed(
     if machine.device.type == "cuda":
         torch.cuda.set_device(machine.device.index or 0)  # streams, events and graphs belong to the current one
     subjects = _subjects(folder, teacher, machine, settings, say)
+    make_folder(folder)
     made = Made(
         date=datetime.now().astimezone().isoformat(timespec="seconds"),
         device=machine.name,

@@ -17,7 +17,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from linearize.attention import StudentAttention
-from linearize.errors import RunError
+from linearize.errors import LinearizeError, RunError
 from linearize.evals.records import BRANCHES
 from linearize.export import load_student, load_student_config
 from linearize.fingerprint import fingerprint_of
@@ -103,7 +103,10 @@ def surgery_of(folder: str) -> tuple[MixerConfig, tuple[int, ...]]:
     entry: dict[str, Any] | None = load_student_config(folder).to_dict().get("linearize")
     if entry is None:
         raise RunError("holds no student: its config.json has no `linearize` entry", place=folder)
-    return mixer_config(entry["mixer"]), tuple(entry["layers"])
+    try:
+        return mixer_config(entry["mixer"]), tuple(entry["layers"])
+    except LinearizeError as error:
+        raise RunError(error.problem, place=f"{folder}, {error.place}", remedy=error.remedy) from None
 
 
 def identity_of(student: str) -> str:

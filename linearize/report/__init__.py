@@ -7,12 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from linearize.errors import RunError
 from linearize.report.charts import Chart
 from linearize.report.facts import RunFacts, read_runs
 from linearize.report.page import page, sections
 from linearize.report.results import measures
-from linearize.run_folder import write_json
+from linearize.run_folder import write_json, write_text
 
 PAGE = Path("report") / "index.html"
 """Where a run's page lies in its folder."""
@@ -36,11 +35,7 @@ def write_report(paths: Sequence[str | Path], out: str | Path | None = None, *, 
     target = Path(out) if out is not None else (runs[0].folder / PAGE if len(runs) == 1 else PAGE)
     parts = sections(runs)
     charts = [chart for part in parts for chart in part.charts]
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page(runs, parts), encoding="utf-8")
-    except OSError as error:
-        raise RunError(f"cannot be written: {error.strerror or error}", place=str(target)) from None
+    write_text(target, page(runs, parts))
     write_json(target.with_name("report.json"), _numbers(runs, charts))
     if images:
         from linearize.report.png import write_images  # matplotlib takes a second to import

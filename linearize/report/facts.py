@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from linearize.evals.records import (
     read_rows,
 )
 from linearize.metrics import read_metrics
-from linearize.run_folder import RunFolder
+from linearize.run_folder import RunFolder, read_json
 
 KINDS: dict[str, tuple[str, str]] = {
     "perplexity": ("perplexity by length", "linearize eval {path} --text TEXT --lengths 512,1k,2k,4k,8k"),
@@ -87,7 +86,7 @@ def read_run(path: Path, name: str | None = None) -> RunFacts:
         RunError: the folder holds no run, or a file of it cannot be read.
     """
     folder = RunFolder(path)
-    metrics = _json(path / "metrics.json")
+    metrics = read_json(path / "metrics.json")
     facts = metrics or folder.facts()
     if not facts:
         raise RunError(
@@ -103,7 +102,7 @@ def read_run(path: Path, name: str | None = None) -> RunFacts:
         folder=path,
         facts=facts,
         recipe=recipe,
-        config=_json(path / "config.json"),
+        config=read_json(path / "config.json"),
         results=metrics or _so_far(folder.results()),
         records=read_metrics(log) if log.is_file() else [],
         finished=bool(metrics),
@@ -130,14 +129,4 @@ def _so_far(results: dict[str, Any]) -> dict[str, Any]:
         found["untrained"] = results["untrained"]
     if "teacher" in results:
         found["teacher_perplexity"] = results["teacher"]["perplexity"]
-    return found
-
-
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RunError(f"cannot be read: {error}", place=str(path)) from None
     return found

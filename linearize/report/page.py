@@ -153,7 +153,7 @@ def _section(part: Section) -> Markup:
 def _layers(run: RunFacts) -> str:
     """`in all 30 layers`."""
     entry, count = run.config.get("linearize"), run.config.get("num_hidden_layers")
-    if not entry or not count:
+    if not isinstance(entry, dict) or "layers" not in entry or not count:
         return "layers as the recipe says"
     changed = len(entry["layers"])
     return f"in all {count} layers" if changed == count else f"in {changed} of {count} layers"

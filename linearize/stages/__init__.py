@@ -8,13 +8,14 @@ from typing import NamedTuple, cast
 from torch import nn
 from transformers import PreTrainedModel
 
-from linearize.adapters import lora_layers, lora_parameters
-from linearize.errors import RecipeError
+from linearize.adapters import LoraSettings, lora_layers, lora_parameters
+from linearize.errors import LinearizeError, RecipeError
+from linearize.families import family_of
 from linearize.reach import last_position
 from linearize.stages.base import Batch, Stage, StageConfig
 from linearize.stages.distil import Distil, DistilConfig
 from linearize.stages.transfer import Transfer, TransferConfig
-from linearize.surgery import Graft, Swap
+from linearize.surgery import Graft, Swap, base_model_type
 
 __all__ = [
     "STAGES",
@@ -22,6 +23,7 @@ __all__ = [
     "Stage",
     "StageConfig",
     "build_stage",
+    "check_graft",
     "check_sizes",
     "check_stages",
     "refuse_base_training",
@@ -76,6 +78,34 @@ def check_sizes(stages: Sequence[StageConfig], model: PreTrainedModel) -> None:
             raise RecipeError(
                 f"{config.top_k} is more than the vocabulary of {vocabulary} has", place=f"stages.{index}.top_k"
             )
+
+
+def check_graft(stages: Sequence[StageConfig], graft: Graft) -> None:
+    """Refuse what stages cannot do with a grafted model: before the first one trains, for a run cannot go on with
+    another recipe.
+
+    Raises:
+        LinearizeError: with the stage's number.
+    """
+    family = family_of(base_model_type(graft.model))
+    adapters: LoraSettings | None = None
+    for index, config in enumerate(stages):
+        if not isinstance(config, DistilConfig):
+            continue
+        try:
+            config.check_graft(graft)
+        except LinearizeError as error:
+            raise type(error)(error.problem, place=f"stages.{index}.{error.place}", remedy=error.remedy) from None
+        if config.lora is None:
+            continue
+        settings = config.lora.spelled_out(family)
+        if adapters not in (None, settings):
+            raise RecipeError(
+                f"an earlier stage has other adapters: {adapters}",
+                place=f"stages.{index}.lora",
+                remedy="Stages share their adapters: give every stage the same lora, or null.",
+            )
+        adapters = settings
 
 
 def refuse_base_training(stages: Sequence[StageConfig]) -> None:

@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from linearize.adapters import LoraSettings, adapters_off, add_lora, inputs_uncast, lora_layers
+from linearize.adapters import LoraSettings, adapters_off, add_lora, check_projections, inputs_uncast, lora_layers
 from linearize.config import Number
 from linearize.errors import RecipeError, RunError
 from linearize.families import ModelFamily
@@ -86,6 +86,22 @@ class DistilConfig(StageConfig):
                     remedy=f"Take {part} out of train, or {', '.join(both)} out of lora.targets.",
                 )
 
+    def check_graft(self, graft: Graft) -> None:
+        """Refuse what this stage cannot do with a grafted model.
+
+        Raises:
+            RecipeError: adapters for projections that the model does not have.
+            RunError: streamed layers whose activations are to be kept.
+        """
+        if self.lora is not None and not lora_layers(graft.model):
+            check_projections(graft.model, self.lora)
+        if graft.stream is not None and self.checkpoint_activations is False:
+            raise RunError(
+                "streamed layers are not on the device when their gradients are computed, unless they are recomputed",
+                place="checkpoint_activations: false",
+                remedy="Leave it out of the stage, or do not stream layers.",
+            )
+
 
 class Distil:
     """Trains what `train` names, end to end."""
@@ -95,14 +111,9 @@ class Distil:
     def __init__(self, config: DistilConfig, graft: Graft) -> None:
         self.config, self.graft, self.course = config, graft, SteadyCourse()
         self.weights = DistillationWeights(config.kl, config.ce, config.temperature)
+        config.check_graft(graft)
         if config.lora is not None:
             add_lora(graft.model, config.lora)
-        if graft.stream is not None and config.checkpoint_activations is False:
-            raise RunError(
-                "streamed layers are not on the device when their gradients are computed, unless they are recomputed",
-                place="checkpoint_activations: false",
-                remedy="Leave it out of the stage, or do not stream layers.",
-            )
         self._adapted = lora_layers(graft.model)
 
     def trainable(self) -> Mapping[str, nn.Parameter]:

@@ -21,7 +21,7 @@ TASKS: dict[str, RecallTask] = {
 }
 
 
-def find_tasks(names: Sequence[str]) -> dict[str, RecallTask]:
+def find_tasks(names: Sequence[str], option: str = "--recall") -> dict[str, RecallTask]:
     """The tasks of those names; `all` is every one.
 
     Raises:
@@ -31,5 +31,5 @@ def find_tasks(names: Sequence[str]) -> dict[str, RecallTask]:
         return dict(TASKS)
     for name in names:
         if name not in TASKS:
-            raise DataError(unknown_name("recall task", name, TASKS), place="--recall")
+            raise DataError(unknown_name("recall task", name, TASKS), place=option)
     return {name: TASKS[name] for name in names}
