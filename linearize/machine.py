@@ -44,7 +44,8 @@ class Machine:
     def name(self) -> str:
         if self.device.type == "cuda":
             return torch.cuda.get_device_name(self.device)
-        return f"CPU, {torch.get_num_threads()} threads ({platform.machine()})"
+        threads = torch.get_num_threads()
+        return f"CPU, {threads} thread{'s'[: threads > 1]} ({platform.machine()})"
 
 
 def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"]) -> Machine:
@@ -57,17 +58,11 @@ def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"
         RunError: for a device that is not there.
     """
     wanted = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = read_device(wanted)
     try:
-        chosen = torch.device(wanted)
         torch.empty(1, device=chosen)
     except (RuntimeError, AssertionError) as error:
-        raise RunError(
-            f"'{wanted}' is no usable device: {str(error).splitlines()[0].partition('. ')[0]}",
-            place="--device",
-            remedy="Give cpu, cuda or cuda:N, or leave it out: a GPU is taken when there is one.",
-        ) from None
-    if chosen.type not in ("cpu", "cuda"):
-        raise RunError(f"'{chosen.type}' is not supported; use cpu or cuda", place="--device")
+        raise _unusable(wanted, error) from None
     on_gpu = chosen.type == "cuda"
     if on_gpu and precision != "fp32" and torch.cuda.is_bf16_supported():
         # the mixers' fp32 products: tf32, still finer than bf16; a resumed run asks for the bf16 it began with
@@ -81,6 +76,29 @@ def choose_machine(device: str | None, precision: Literal["auto", "fp32", "bf16"
     gain = _bf16_gain()
     found = f"bf16 matrix products run at {gain:.1f} times the speed of fp32 on this CPU"
     return Machine(chosen, "bf16" if gain >= _WORTH_IT else "fp32", found)
+
+
+def read_device(name: str) -> torch.device:
+    """A CPU or a GPU by its name, whether it is there or not.
+
+    Raises:
+        RunError: for any other name.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise _unusable(name, error) from None
+    if device.type not in ("cpu", "cuda"):
+        raise RunError(f"'{device.type}' is not supported; use cpu or cuda", place="--device")
+    return device
+
+
+def _unusable(name: str, error: Exception) -> RunError:
+    return RunError(
+        f"'{name}' is no usable device: {str(error).splitlines()[0].partition('. ')[0]}",
+        place="--device",
+        remedy="Give cpu, cuda or cuda:N, or leave it out: a GPU is taken when there is one.",
+    )
 
 
 def _bf16_gain() -> float:

@@ -14,7 +14,7 @@ from linearize.audit import Audit, audit
 from linearize.distributed import Processes, choose_split, share_rows
 from linearize.errors import RunError
 from linearize.job import check_stream
-from linearize.machine import Machine, Precision, choose_machine
+from linearize.machine import Machine, Precision, choose_machine, read_device
 from linearize.memory import StageMemory, Target, predict_memory, unpredictable
 from linearize.metrics import peak_memory_bytes
 from linearize.recipe import Recipe
@@ -178,9 +178,9 @@ def prediction_target(
     """Where a prediction is for: a GPU, where the user names none; `auto` precision is bf16 there, fp32 on a CPU.
 
     Raises:
-        RunError: as `convert` would, where processes cannot split the work like this.
+        RunError: as `convert` would, where processes cannot split the work like this; for what is no device.
     """
-    kind = _kind(torch.device(device or "cuda"))
+    kind = _kind(read_device(device or "cuda"))
     usual: dict[str, Precision] = {"cuda": "bf16", "cpu": "fp32"}
     chosen = choose_split(split, recipe.stages, Processes(0, processes))
     if streamed:

@@ -5,7 +5,6 @@ On a machine without a GPU the kernels run in Triton's interpreter, on small sha
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -49,17 +48,17 @@ def both(operation: Any, tensors: dict[str, Tensor], fixed: dict[str, Any], dtyp
     """Outputs and gradients of all `tensors`: naive in fp64, naive in the dtype (eager torch), in Triton."""
     found = []
     weights: list[Tensor] = []
-    for how in ("exact", "eager", "triton"):
-        os.environ["LINEARIZE_BACKEND"] = "triton" if how == "triton" else "torch"
-        leaves = {}
-        for name, x in tensors.items():
-            rounded = x.to(dtype if name in ("q", "k", "v", "o") else torch.float32)
-            leaves[name] = (rounded.double() if how == "exact" else rounded).requires_grad_()
-        outputs = operation(leaves, fixed, how, dtype)
-        weights = weights or [torch.randn_like(x) for x in outputs]
-        loss = sum((x.double() * w).sum() for x, w in zip(outputs, weights, strict=True))
-        found.append([x.double() for x in [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]])
-    os.environ.pop("LINEARIZE_BACKEND")
+    with pytest.MonkeyPatch.context() as patch:
+        for how in ("exact", "eager", "triton"):
+            patch.setenv("LINEARIZE_BACKEND", "triton" if how == "triton" else "torch")
+            leaves = {}
+            for name, x in tensors.items():
+                rounded = x.to(dtype if name in ("q", "k", "v", "o") else torch.float32)
+                leaves[name] = (rounded.double() if how == "exact" else rounded).requires_grad_()
+            outputs = operation(leaves, fixed, how, dtype)
+            weights = weights or [torch.randn_like(x) for x in outputs]
+            loss = sum((x.double() * w).sum() for x, w in zip(outputs, weights, strict=True))
+            found.append([x.double() for x in [*outputs, *torch.autograd.grad(loss, list(leaves.values()))]])
     return found
 
 

@@ -5,7 +5,6 @@ On a machine without a GPU the kernels run in Triton's interpreter.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,12 +61,14 @@ def compare(case: tuple[Any, ...], dtype: torch.dtype) -> None:
     """Outputs and end state: the definition in fp64, in the dtype, and the kernels."""
     tensors, fixed = made(case, "softmax")
     found = []
-    for how in ("exact", "eager", "triton"):
-        os.environ["LINEARIZE_BACKEND"] = "triton" if how == "triton" else "torch"
-        rounded = {name: x.to(dtype if name in ("q", "k", "v", "o") else torch.float32) for name, x in tensors.items()}
-        leaves = {name: x.double() if how == "exact" else x for name, x in rounded.items()}
-        found.append([x.double() for x in hedgehog(leaves, fixed, how, dtype)])
-    os.environ.pop("LINEARIZE_BACKEND")
+    with pytest.MonkeyPatch.context() as patch:
+        for how in ("exact", "eager", "triton"):
+            patch.setenv("LINEARIZE_BACKEND", "triton" if how == "triton" else "torch")
+            rounded = {
+                name: x.to(dtype if name in ("q", "k", "v", "o") else torch.float32) for name, x in tensors.items()
+            }
+            leaves = {name: x.double() if how == "exact" else x for name, x in rounded.items()}
+            found.append([x.double() for x in hedgehog(leaves, fixed, how, dtype)])
     check(found, dtype)
 
 

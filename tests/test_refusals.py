@@ -174,7 +174,8 @@ def test_a_student_is_no_teacher(student: Path, run: Run) -> None:
         (["recipes", "validate", "lizard", "--set", "heldout_tokens=1"], "heldout_tokens: Input should be greater"),
         (["recipes", "show", "{teacher}/model.safetensors"], "model.safetensors: cannot be read as text"),
         (["convert", "--model", "{teacher}", "--data", ""], "--data: is empty. Give a file"),
-        (["convert", "--model", "{teacher}", "--device", "mps"], "--device: 'mps' is no usable device: "),
+        (["convert", "--model", "{teacher}", "--device", "mps"], "--device: 'mps' is not supported; use cpu or cuda"),
+        (["plan", "--model", "{teacher}", "--predict", "--device", "foo"], "--device: 'foo' is no usable device: "),
         (["eval", "{student}", "--text", "x", "--teacher", "t", "--no-teacher"], "--teacher: contradicts --no-teacher"),
         (["speed", "{student}", "--teacher", "t", "--no-teacher"], "--teacher: contradicts --no-teacher"),
         (
