@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import yaml
-from huggingface_hub.constants import DEFAULT_REVISION
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,7 +34,7 @@ from linearize.recipe import Recipe
 from linearize.remote_code import FILE as REMOTE_CODE_FILE
 from linearize.run_folder import read_json
 from linearize.surgery import Graft, base_model_type
-from linearize.teacher_files import HUB_ID, split_revision
+from linearize.teacher_files import HUB_ID, find_checkpoint, split_revision
 
 PROBE_FILE = "probe.safetensors"
 """Logits of the trained student on a few tokens, for `linearize doctor` to compare a loaded one with."""
@@ -196,6 +195,12 @@ def refuse_no_student(folder: str | Path) -> None:
         raise RunError("no such folder", place=str(path), remedy="Give the --out folder of a finished run.")
 
 
+def _files_of(student: str | Path) -> Path:
+    """The folder that holds a student; one on the Hub is fetched, and the Hub asked once, however many its files."""
+    refuse_no_student(student)
+    return Path(student) if Path(student).exists() else find_checkpoint(str(student)).folder
+
+
 def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: str = "cpu") -> PreTrainedModel:
     """Load a student and refuse one whose weights do not match its config: nothing is initialised silently.
 
@@ -206,15 +211,14 @@ def load_student(folder: str | Path, dtype: torch.dtype | str = "auto", device: 
 
     Raises:
         RunError: for a folder that holds no student, and for missing, unexpected or misshapen weights.
+        TeacherError: there is no such folder, and the Hub has no such model or cannot be reached.
     """
-    refuse_no_student(folder)
-    name, revision = split_revision(str(folder))
+    place = _files_of(folder)
     shown = hf_logging.is_progress_bar_enabled()
     hf_logging.disable_progress_bar()
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name,
-            revision=revision or DEFAULT_REVISION,
+            place,
             dtype=dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported below instead
@@ -244,10 +248,9 @@ def load_student_config(folder: str | Path) -> PreTrainedConfig:
     Raises:
         RunError: it cannot be found or read.
     """
-    refuse_no_student(folder)
-    name, revision = split_revision(str(folder))
+    place = _files_of(folder)
     try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(name, revision=revision or DEFAULT_REVISION)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise RunError(" ".join(str(error).split()), place=str(folder)) from None
     return config
@@ -259,9 +262,9 @@ def load_student_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         RunError: there is none, or it cannot be read.
     """
-    name, revision = split_revision(str(folder))
+    place = _files_of(folder)
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(name, revision=revision or DEFAULT_REVISION)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(place)
     except (OSError, ValueError) as error:
         problem = f"its tokenizer cannot be loaded: {' '.join(str(error).split())}"
         remedy = "Save the teacher's tokenizer into the folder with save_pretrained."

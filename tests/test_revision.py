@@ -249,7 +249,7 @@ def test_a_pinned_run_says_so_everywhere(
     assert surgery_of(name)[0].kind == "hedgehog"
     assert identity_of(name) == f"{name} {student.commit('second')}"
     assert all(finding.passed for finding in examine_folder(name))
-    with pytest.raises(RunError, match="user/student@third: third is not a valid git identifier"):
+    with pytest.raises(TeacherError, match="'user/student' has no revision 'third'. Give a branch, a tag"):
         load_student("user/student@third")
     with pytest.raises(RunError, match="student@v1: no such folder"):
         load_student("./student@v1")
