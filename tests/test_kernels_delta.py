@@ -64,7 +64,11 @@ def test_chunk_equals_naive(heads: str, length: int) -> None:
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("same_key", [False, True])
 def test_extreme_decays_and_writing_strengths(decay: str, beta: str, same_key: bool) -> None:
-    """One key for all tokens makes the triangular system as badly conditioned as it gets."""
+    """One key for all tokens makes the triangular system as badly conditioned as it gets.
+
+    With beta near 2 and no decay as well, the bound below holds for chunks of 16 whatever is drawn, and for these of 64
+    not always: of 8 other draws 5 were beyond it, by up to 2.9 times (1e-5 of the largest output).
+    """
     q, k, v, log_decay, _ = inputs(200)
     k = k[:, :1].expand_as(k) if same_key else k
     log_decay = log_decay.clone()
