@@ -174,7 +174,7 @@ def plan(
         typer.Option("--predict", help="Memory alone, from the model's config.json: no weights, no GPU are needed."),
     ] = False,
     stream_layers: Annotated[
-        bool, typer.Option("--stream-layers", help="With --predict: frozen layers in host memory.")
+        bool, typer.Option("--stream-layers", help="Predict with frozen layers in host memory.")
     ] = False,
     processes: Annotated[
         int, typer.Option(min=1, help="Predict for so many processes, a GPU each; they need not be there.")
@@ -189,12 +189,13 @@ def plan(
     With --predict, what it would need on a GPU in bf16; --device cpu predicts fp32 on a CPU. --processes predicts it
     of each of several.
     """
-    from linearize.planning import plan_conversion, predict_conversion, prediction_target
+    from linearize.planning import check_prediction_options, plan_conversion, predict_conversion, prediction_target
     from linearize.recipe import load_recipe
     from linearize.tables import plan_report, prediction_report
 
     checked = load_recipe(recipe, overrides or (), tokens)
-    if predict or processes > 1 or split is not None:
+    if predict or stream_layers or processes > 1 or split is not None:
+        check_prediction_options(audit or text is not None, quantize)
         target = prediction_target(device, checked, stream_layers, processes, split)
         out_console.print(prediction_report(predict_conversion(model, checked, target, log_console)))
         return

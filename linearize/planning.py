@@ -172,6 +172,25 @@ def predict_conversion(model: str, recipe: Recipe, target: Target, console: Cons
     return Prediction(model, target, predict_memory(config, recipe.model_copy(update={"stages": stages}), target))
 
 
+def check_prediction_options(audited: bool, quantize: str | None) -> None:
+    """Refuse what a prediction cannot take into account.
+
+    Raises:
+        RunError: an audit, or quantised weights.
+    """
+    for option, given, problem in (
+        ("--audit", audited, "compares layers with their weights, which a prediction does not read"),
+        (
+            "--quantize",
+            quantize is not None,
+            "is not part of a prediction, which takes plain weights",
+        ),
+    ):
+        if given:
+            remedy = "Leave it out, or leave out --predict, --stream-layers, --processes and --split."
+            raise RunError(problem, place=option, remedy=remedy)
+
+
 def prediction_target(
     device: str | None, recipe: Recipe, streamed: bool, processes: int = 1, split: str | None = None
 ) -> Target:

@@ -176,6 +176,8 @@ def test_a_student_is_no_teacher(student: Path, run: Run) -> None:
         (["convert", "--model", "{teacher}", "--data", ""], "--data: is empty. Give a file"),
         (["convert", "--model", "{teacher}", "--device", "mps"], "--device: 'mps' is not supported; use cpu or cuda"),
         (["plan", "--model", "{teacher}", "--predict", "--device", "foo"], "--device: 'foo' is no usable device: "),
+        (["plan", "--model", "{teacher}", "--predict", "--audit"], "--audit: compares layers with their weights"),
+        (["plan", "--model", "{teacher}", "--processes", "2", "--quantize", "4bit"], "--quantize: is not part of a"),
         (["eval", "{student}", "--text", "x", "--teacher", "t", "--no-teacher"], "--teacher: contradicts --no-teacher"),
         (["speed", "{student}", "--teacher", "t", "--no-teacher"], "--teacher: contradicts --no-teacher"),
         (
