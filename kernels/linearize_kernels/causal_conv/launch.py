@@ -48,20 +48,20 @@ class Plan:
             "PADDED": tensors[13] is not None,
             "SILU": silu,
         }
-        self.forward = self._bind("convolve", self.length)[0]
+        self.forward = self._bind(kernels.convolve, self.length)[0]
         rows = self.length + (past if started else 0)
         self.backward = [
-            self._bind("convolve_gradients", rows, WEIGHTS=self.weights, ENDED=ended) for ended in (False, True)
+            self._bind(kernels.convolve_gradients, rows, WEIGHTS=self.weights, ENDED=ended) for ended in (False, True)
         ]
 
-    def _bind(self, name: str, rows: int, **constants: Any) -> tuple[Bound, int]:
+    def _bind(self, function: Any, rows: int, **constants: Any) -> tuple[Bound, int]:
         """The kernel, and how many tiles of tokens its grid has."""
-        chosen = launch(name, self.dtype, self.tile, self.variant)
+        chosen = launch(function.__name__, self.dtype, self.tile, self.variant)
         chunk, warps = (1, 1) if rows == 1 else (chosen.chunk, chosen.warps)
         tiles = -(-rows // chunk)
         constants |= self.constants | {"C": chunk, "num_warps": warps, "num_stages": chosen.stages}
         grid, numbers = (self.batch * tiles * self.columns,), (*self.strides, self.length, tiles)
-        return Bound(getattr(kernels, name), grid, numbers, constants, self.device), self.batch * tiles
+        return Bound(function, grid, numbers, constants, self.device), self.batch * tiles
 
 
 def find_plan(tensors: Tensors, silu: bool, dtype: torch.dtype, device: torch.device) -> Plan:

@@ -60,12 +60,16 @@ class BlockPlan:
         cut = (plan.length, self.blocks_a_split, self.blocks)
         sides = (*plan.q_strides, *plan.key_strides)
         tiles = -(-(plan.values + 1) // STATE_ROWS)
-        grid, numbers, chosen = {
-            "block_states": ((plan.rows, self.splits, 2), (*plan.key_strides, *cut), self.states),
-            "split_states": ((plan.rows, 2, tiles), (self.splits,), SPLIT_STATES),
-            "block_outputs": ((self.blocks, plan.heads, plan.batch), (*sides, *cut, self.splits), outputs),
+        function, grid, numbers, chosen = {
+            "block_states": (kernels.block_states, (plan.rows, self.splits, 2), (*plan.key_strides, *cut), self.states),
+            "split_states": (kernels.split_states, (plan.rows, 2, tiles), (self.splits,), SPLIT_STATES),
+            "block_outputs": (
+                kernels.block_outputs,
+                (self.blocks, plan.heads, plan.batch),
+                (*sides, *cut, self.splits),
+                outputs,
+            ),
         }[name]
-        function = getattr(kernels, name)
         own = {"C": chosen.chunk, "CHUNKS": outputs.chunk // self.states.chunk, "ROWS": STATE_ROWS}
         constants = {key: x for key, x in (plan.constants | flags | own).items() if key in function.arg_names}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}

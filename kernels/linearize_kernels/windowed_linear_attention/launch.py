@@ -44,16 +44,15 @@ class Plan:
         strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
         sinks = (0 if sink_k is None else sink_k.shape[1] * entry, entry if self.each else 0)
         size = (window, self.keys - self.length, self.length)
-        self.forward, _ = self._bind("window_forward", self.length, self.heads, (*strides, *sinks, *size))
+        self.forward, _ = self._bind(kernels.window_forward, self.length, self.heads, (*strides, *sinks, *size))
         self.query_gradients, self.query_chunks = self._bind(
-            "window_query_gradients", self.length, self.heads, (*strides, *sinks, *size)
+            kernels.window_query_gradients, self.length, self.heads, (*strides, *sinks, *size)
         )
-        self.key_gradients, _ = self._bind("window_key_gradients", self.keys, self.groups, (*strides, *size))
+        self.key_gradients, _ = self._bind(kernels.window_key_gradients, self.keys, self.groups, (*strides, *size))
 
-    def _bind(self, name: str, tokens: int, heads: int, numbers: tuple[int, ...]) -> tuple[Bound, int]:
+    def _bind(self, function: Any, tokens: int, heads: int, numbers: tuple[int, ...]) -> tuple[Bound, int]:
         """The kernel, and the chunks of its grid."""
-        function = getattr(kernels, name)
-        chosen = launch(name, self.dtype, max(self.constants["K"], self.constants["V"]), "window")
+        chosen = launch(function.__name__, self.dtype, max(self.constants["K"], self.constants["V"]), "window")
         constants = {"C": chosen.chunk} | self.constants
         constants = {key: value for key, value in constants.items() if key in function.arg_names}
         options = {"num_warps": chosen.warps, "num_stages": chosen.stages}
