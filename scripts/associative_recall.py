@@ -68,6 +68,8 @@ ROWS: dict[str, tuple[str, ...]] = {
     "lawcat": (),
     "mamba2-mimic": (),
     "gdn": (),
+    "ahn": NARROW + NO_SINKS,
+    "ahn-published": NARROW + NO_SINKS,
 }
 """Recipes, and what of them is changed."""
 

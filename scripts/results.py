@@ -70,6 +70,8 @@ ROWS: dict[str, Row] = {
     "lawcat": Row("lawcat"),
     "hedgehog": Row("hedgehog"),
     "gdn": Row("gdn"),
+    "ahn": Row("ahn"),
+    "ahn-published": Row("ahn-published"),
     "mamba2-mimic": Row("mamba2-mimic"),
     "mmmamba": Row("mmmamba"),
     "mamba-in-llama": Row("mamba-in-llama"),

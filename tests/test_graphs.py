@@ -32,7 +32,7 @@ from linearize.train import fit
 MakeTeacher = Callable[..., PreTrainedModel]
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 LENGTH, ROWS, STEPS = 256, 4, 6
-RECIPES = ("hedgehog", "lawcat", "lizard", "lolcats", "liger", "gdn", "mamba2-mimic", "mmmamba", "swa-sink")
+RECIPES = ("hedgehog", "lawcat", "lizard", "lolcats", "liger", "gdn", "ahn", "mamba2-mimic", "mmmamba", "swa-sink")
 
 
 def batches(count: int, numbered: bool) -> list[Batch]:

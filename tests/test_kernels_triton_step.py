@@ -224,8 +224,14 @@ def test_window(
     check(results, dtype)
 
 
-MIXERS = ("lizard-small", "lizard-published-small", "lolcats-small", "swa-small", "hedgehog-bias")
-STEP = {"hedgehog-bias": "hedgehog_step"}
+MIXERS = (
+    "lizard-small", "lizard-published-small", "lolcats-small", "swa-small", "ahn-small", "ahn-published-small",
+    "hedgehog-bias",
+)  # fmt: skip
+STEP = {"hedgehog-bias": ["hedgehog_step"]} | {
+    case: ["window_step", "step_kernel"] for case in ("ahn-small", "ahn-published-small")
+}
+"""Kernels of a step, where it is not one of the window."""
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -252,12 +258,14 @@ def test_mixers_token_by_token(case: str, masked: bool, launched: list[str], mon
                 assert torch.isfinite(y).all()
                 found.append(y * heads.mask_BT[:, t, None, None, None].to(DEVICE) if masked else y)
         results.append([torch.cat(found, 1).double(), *(x.double() for x in end)])
-    assert launched == [STEP.get(case, "window_step")] * (length - start)
+    assert launched == STEP.get(case, ["window_step"]) * (length - start)
     check([[x for x in found if x.numel()] for found in results], torch.float32)
 
 
 @pytest.mark.parametrize("branch", ["linear", "window"])
-@pytest.mark.parametrize("case", ["lizard-small", "lizard-published-small", "lolcats-small"])
+@pytest.mark.parametrize(
+    "case", ["lizard-small", "lizard-published-small", "lolcats-small", "ahn-small", "ahn-published-small"]
+)
 def test_a_silenced_branch_is_silent(
     case: str, branch: Any, launched: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -269,7 +277,7 @@ def test_a_silenced_branch_is_silent(
             _, state = mixer(cut(heads, slice(12)))
             monkeypatch.setenv("LINEARIZE_BACKEND", backend)
             found.append(mixer(cut(heads, slice(12, 13)), state)[0])
-    assert launched == ["window_step"]
+    assert launched == STEP.get(case, ["window_step"])
     torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
 
 

@@ -83,7 +83,7 @@ def test_what_is_recorded_asks_nothing_of_the_host(stage: str, family: str) -> N
     assert bool(why) == (family in NOT_RECORDED)
 
 
-@pytest.mark.parametrize("recipe", ["lawcat", "lizard", "lolcats", "gdn", "mamba2-mimic", "mmmamba"])
+@pytest.mark.parametrize("recipe", ["lawcat", "lizard", "lolcats", "gdn", "ahn", "mamba2-mimic", "mmmamba"])
 @pytest.mark.parametrize("stage", ["hidden", "top_k"])
 def test_mixers_ask_nothing_of_the_host(stage: str, recipe: str) -> None:
     assert host_reads(STAGES[stage], recipe, "llama") == ("", set())
@@ -91,7 +91,7 @@ def test_mixers_ask_nothing_of_the_host(stage: str, recipe: str) -> None:
 
 @pytest.mark.parametrize("alone", [False, True], ids=["packed", "a document a row"])
 @pytest.mark.parametrize("stage", ["transfer", "distil"])
-@pytest.mark.parametrize("recipe", ["hedgehog", "lawcat", "lizard", "gdn", "mamba2-mimic"])
+@pytest.mark.parametrize("recipe", ["hedgehog", "lawcat", "lizard", "gdn", "ahn", "mamba2-mimic"])
 def test_nor_does_softmax_that_is_told_documents(
     recipe: str, stage: str, alone: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

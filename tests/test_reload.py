@@ -39,6 +39,7 @@ RECIPES = {
     "lolcats": ("lolcats", ["mixer.window=8"]),
     "mamba2": ("mamba2-mimic", []),
     "gdn": ("gdn", []),
+    "ahn": ("ahn", ["mixer.window=8"]),
     "swa": ("swa-sink", ["mixer.window=8"]),
 }
 """A recipe for every mixer that has one."""

@@ -47,7 +47,7 @@ def stepped(model: PreTrainedModel, ids_BT: torch.Tensor, *, replayable: bool) -
     return found
 
 
-@pytest.mark.parametrize("recipe", ["lizard", "gdn", "mamba2-mimic", "lolcats"])
+@pytest.mark.parametrize("recipe", ["lizard", "gdn", "ahn", "mamba2-mimic", "lolcats"])
 def test_a_step_that_a_graph_may_hold_decodes_like_any_other(make_teacher, make_tokens, recipe) -> None:
     """Its tensors stay in place: without a graph it must go on just as well."""
     model = make_teacher()
@@ -207,7 +207,7 @@ def test_a_crossing_is_where_the_lines_cross(student, teacher, expected) -> None
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("recipe", ["lizard", "gdn", "mamba2-mimic", "lolcats", "swa-sink"])
+@pytest.mark.parametrize("recipe", ["lizard", "gdn", "ahn", "mamba2-mimic", "lolcats", "swa-sink"])
 def test_a_graph_decodes_what_the_step_decodes(make_teacher, make_tokens, recipe) -> None:
     from linearize.evals.stepping import WARM_STEPS, captured
 

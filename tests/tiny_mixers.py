@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from linearize.mixers import MIXERS, HeadInputs, HeadShapes, MixerConfig, MixerState, Rope, StudentMixer, build_mixer
+from linearize.mixers.ahn import AhnConfig
 from linearize.mixers.gdn import GdnConfig
 from linearize.mixers.hedgehog import HedgehogConfig
 from linearize.mixers.lawcat import LawcatConfig
@@ -51,6 +52,10 @@ CASES: dict[str, MixerConfig] = {name: entry.config() for name, entry in MIXERS.
     "gdn-published": GdnConfig(conv=4, activation="silu", norm="rms"),
     "gdn-rope": GdnConfig(rope=True, activation="none", gate=False, half_life=(64.0, 64.0)),
     "gdn-conv-rope": GdnConfig(conv=2, rope=True, maps=False),
+    "ahn-small": AhnConfig(window=7, sinks=3),
+    "ahn-one": AhnConfig(window=1, sinks=0, half_life=(2.0, 8.0)),
+    "ahn-published": AhnConfig(published=True, window=33, sinks=5),
+    "ahn-published-small": AhnConfig(published=True, window=5, sinks=0, half_life=(2.0, 8.0)),
     "t2r-wide": T2rConfig(features=40),
     "t2r-narrow": T2rConfig(features=5),
     "t2r-kaiming": T2rConfig(start="kaiming", features=32, rope=False),

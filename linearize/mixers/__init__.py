@@ -7,6 +7,7 @@ from typing import NamedTuple
 from pydantic import ValidationError
 
 from linearize.errors import RecipeError, unknown_name
+from linearize.mixers.ahn import Ahn, AhnConfig
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Rope, StudentMixer
 from linearize.mixers.gdn import Gdn, GdnConfig
 from linearize.mixers.hedgehog import Hedgehog, HedgehogConfig
@@ -47,6 +48,7 @@ MIXERS: dict[str, MixerEntry] = {
     "lolcats": MixerEntry(LolcatsConfig, Lolcats),
     "mamba2": MixerEntry(Mamba2Config, Mamba2),
     "gdn": MixerEntry(GdnConfig, Gdn),
+    "ahn": MixerEntry(AhnConfig, Ahn),
     "t2r": MixerEntry(T2rConfig, T2r),
     "taylor": MixerEntry(TaylorConfig, Taylor),
     "swa": MixerEntry(SwaConfig, Swa),

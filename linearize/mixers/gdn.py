@@ -17,16 +17,11 @@ from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, StudentMixer
-from linearize.mixers.feature_maps import map_heads
-from linearize.mixers.gates import OPEN_GATE, HalfLife, rates
+from linearize.mixers.delta import EPSILON, START_BETA, Activation, log_decay, mapped, start_decay, unit
+from linearize.mixers.gates import OPEN_GATE, HalfLife
 from linearize.mixers.timeline import Timeline, begin
 from linearize_kernels import causal_convs
 from linearize_kernels.gated_delta import gated_delta_rule
-
-START_BETA = 0.25
-
-EPSILON = 1e-6
-"""Added to sums of squares before their root is divided by."""
 
 
 class GdnConfig(MixerConfig):
@@ -35,7 +30,7 @@ class GdnConfig(MixerConfig):
     kind: Literal["gdn"] = "gdn"
     maps: bool = Field(True, description="learned linear maps with bias on q per query head, on k per key head")
     conv: int = Field(0, ge=0, le=32, description="taps of the convolutions on q, k and v; 0 = none; published: 4")
-    activation: Literal["none", "silu"] = Field("silu", description="on q and k, before their length is set to 1")
+    activation: Activation = Field("silu", description="on q and k, before their length is set to 1")
     rope: bool = Field(False, description="apply the teacher's RoPE to q and k, after the activation")
     half_life: HalfLife = Field((16.0, 512.0), description="tokens; key heads start spread between the two")
     norm: Literal["none", "rms"] = Field("none", description="of outputs: a scale per head, or RMSNorm (published)")
@@ -114,10 +109,7 @@ class Gdn(StudentMixer):
             for taps in (self.query_taps_HKS, self.key_taps_GKS, self.value_taps_GVS):
                 if taps is not None:
                     taps.zero_()[..., 0] = 1.0
-            self.decay.weight.zero_()
-            rate_G = torch.tensor(rates(self.shapes.key_heads, self.config.half_life), dtype=torch.float64)
-            self.decay.bias.copy_(rate_G.expm1().log())  # the inverse of softplus
-            self.decay_log_rate_G.zero_()
+            start_decay(self.decay, self.decay_log_rate_G, self.config.half_life)
             self.beta.weight.zero_()
             self.beta.bias.fill_(math.log(START_BETA / (1 - START_BETA)))
             for ones in (self.scale_H, self.norm_weight_HV):
@@ -169,19 +161,14 @@ class Gdn(StudentMixer):
 
     def _unit(self, heads: HeadInputs, x_BTXK: Tensor, weight_XKK: Tensor | None, bias_XK: Tensor | None) -> Tensor:
         """Queries or keys of length 1 in fp32: map, activation, RoPE."""
-        x_BTXK = x_BTXK.to(torch.promote_types(x_BTXK.dtype, torch.float32))
-        if weight_XKK is not None:
-            x_BTXK = map_heads(x_BTXK, weight_XKK, bias_XK)
-        if self.config.activation == "silu":
-            x_BTXK = F.silu(x_BTXK)
+        x_BTXK = mapped(x_BTXK, weight_XKK, bias_XK, self.config.activation)
         if self.config.rope and heads.rope is not None:
             x_BTXK = heads.rope.rotate(x_BTXK)
-        return x_BTXK * (x_BTXK.square().sum(-1, keepdim=True) + EPSILON).rsqrt()
+        return unit(x_BTXK)
 
     def _log_decay(self, heads: HeadInputs) -> Tensor:
         """log alpha [B, T, G] <= 0; 0 for padding."""
-        rate_BTG = F.softplus(self.decay(heads.x_BTD.to(self.decay.weight.dtype)))
-        log_decay_BTG = -self.decay_log_rate_G.exp() * rate_BTG
+        log_decay_BTG = log_decay(heads.x_BTD, self.decay, self.decay_log_rate_G)
         return log_decay_BTG if heads.mask_BT is None else log_decay_BTG * heads.mask_BT.unsqueeze(-1)
 
     def _finish(self, heads: HeadInputs, o_BTHV: Tensor) -> Tensor:
