@@ -6,6 +6,7 @@ Registered with the Auto* classes when linearize is imported, so that
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from functools import partial, wraps
 from pathlib import Path
@@ -134,6 +135,7 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
     )
 
     class Linearized(base_model):  # type: ignore[misc, valid-type]
+        _is_stateful = True  # a state cannot go back by some tokens: assisted generation is refused before it begins
         _keep_in_fp32_modules_strict = ["mixer"]
         _keep_in_fp32_modules = [r".*\.mixer"]  # what quantisers leave alone: they match from the start of a name
 
@@ -185,8 +187,14 @@ def _saving_code(save: Callable[..., None]) -> Callable[..., None]:
     def save_pretrained(
         self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *arguments: Any, **named: Any
     ) -> None:
+        travels = "auto_map" in self.config.to_dict()
+        if travels and inspect.signature(save).bind(self, "", True, *arguments, **named).arguments.get("push_to_hub"):
+            raise ValueError(
+                "save_pretrained(push_to_hub=True) uploads before the student's code is written, and what it uploads could "
+                "not be loaded; call push_to_hub(repo_id) of the model, or `linearize push`"
+            )
         save(self, save_directory, is_main_process, *arguments, **named)
-        if is_main_process and "auto_map" in self.config.to_dict():
+        if is_main_process and travels:
             from linearize.remote_code import write_code
 
             write_code(self, Path(save_directory))

@@ -140,6 +140,13 @@ print(json.dumps({p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in fo
     assert torch.equal(torch.load(tmp_path / "tensor.pt"), expected)
 
 
+def test_a_model_that_pushes_itself_takes_its_code_along(hub: Hub, exported: Path) -> None:
+    load_student(exported).push_to_hub("user/again")
+    files = hub.repos["user/again"].branches["main"]
+    assert files["modeling_linearized.py"] == (exported / "modeling_linearized.py").read_bytes()
+    assert {"config.json", "model.safetensors"} <= files.keys()
+
+
 def test_no_local_folder_leaves(hub: Hub, student: Path, recipe: Recipe) -> None:
     """Neither in what convert writes, nor in what was measured later; what lies here still tells where files lie."""
     home = "/home/me/secret work"

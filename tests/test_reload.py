@@ -124,6 +124,11 @@ def test_device_map_auto(folder_of: Callable[[str], Path], make_tokens: MakeToke
     assert torch.equal(logits(loaded, ids), logits(load_student(folder), ids))
 
 
+def test_guessing_ahead_is_refused_before_it_begins(folder_of: Callable[[str], Path], make_tokens: MakeTokens) -> None:
+    with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+        load_student(folder_of("lizard")).generate(make_tokens(1, 20), max_new_tokens=4, prompt_lookup_num_tokens=2)
+
+
 def test_compile_without_a_graph_break(folder_of: Callable[[str], Path], make_tokens: MakeTokens) -> None:
     """The whole forward is one graph; what the graph computes is what Python computes."""
     torch.compiler.reset()

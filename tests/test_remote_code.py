@@ -106,6 +106,17 @@ def test_a_student_that_is_saved_again_keeps_its_code(work: Path, kind: str, tmp
     assert '"auto_map"' in (tmp_path / "config.json").read_text()
 
 
+def test_a_student_is_not_uploaded_before_its_code_is_written(work: Path, tmp_path: Path) -> None:
+    student = load_student(work / "swa")
+    with pytest.raises(ValueError, match=r"could not be loaded; call push_to_hub\(repo_id\) of the model"):
+        student.save_pretrained(tmp_path, push_to_hub=True)
+    with pytest.raises(ValueError, match="uploads before the student's code is written"):
+        student.save_pretrained(tmp_path, True, None, True)
+    assert not list(tmp_path.iterdir())
+    student.save_pretrained(tmp_path, push_to_hub=False)
+    assert (tmp_path / remote_code.FILE).is_file()
+
+
 @pytest.mark.parametrize("kind", MIXERS)
 def test_the_code_is_small_and_asks_for_torch_and_transformers_only(work: Path, kind: str) -> None:
     path = work / kind / remote_code.FILE
