@@ -94,9 +94,8 @@ def _perform_surgery(model: PreTrainedModel, family: ModelFamily) -> None:
 
 
 def _prepare_for_offloading(mixer: nn.Module) -> None:
-    """Accelerate may keep weights elsewhere (`device_map` with the CPU or a disk) and bring a module's when that module
-    is called; mixers read those of their parts directly, so they have to be brought with the mixer's own call.
-    """
+    """Accelerate may keep weights elsewhere (CPU, disk) and bring a module's when it is called; mixers read those of
+    their parts directly: they have to come with the mixer's own call."""
     parts = tuple(mixer.modules())
     mixer.register_forward_pre_hook(partial(_fetch_parts, parts))  # partial: a model is copied and sent with its hooks
     mixer.register_forward_hook(partial(_leave_parts, parts))
@@ -135,7 +134,7 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
     )
 
     class Linearized(base_model):  # type: ignore[misc, valid-type]
-        _is_stateful = True  # a state cannot go back by some tokens: assisted generation is refused before it begins
+        _is_stateful = True  # it cannot go back: no assisted generation
         _keep_in_fp32_modules_strict = ["mixer"]
         _keep_in_fp32_modules = [r".*\.mixer"]  # what quantisers leave alone: they match from the start of a name
 
@@ -144,8 +143,8 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
             _perform_surgery(self, family)
 
         def initialize_weights(self) -> None:
-            """Called by transformers for weights that a checkpoint lacks; `_init_weights` of a head model is not asked
-            about modules inside its decoder, so that mixers would keep whatever lay in memory."""
+            """For weights that a checkpoint lacks: `_init_weights` of a head model is not asked about its decoder's
+            modules, so that mixers would keep whatever lay in memory."""
             super().initialize_weights()
             for module in self.modules():
                 if isinstance(module, StudentMixer):
@@ -154,8 +153,8 @@ def _make_classes(family: ModelFamily) -> tuple[type[PretrainedConfig], type[Pre
         def init_continuous_batching(self, *_arguments: Any, **_named: Any) -> NoReturn:
             """Refused here: transformers would log the mixers' errors and return empty answers (docs/serving.md)."""
             raise RuntimeError(
-                "a linear-attention student cannot run under continuous batching, which keeps pages of keys and has no "
-                "place for a state per request; use generate() with left-padded batches"
+                "a linear-attention student cannot run under continuous batching, which has no place for a state per "
+                "request; use generate() with left-padded batches"
             )
 
     if family.soft_cap is not None:  # sdpa has no cap, which transformers before 5.23 did not say; then remove
@@ -182,7 +181,7 @@ def _lazy(name: str) -> Any:
 
 def _saving_code(save: Callable[..., None]) -> Callable[..., None]:
     """`save_pretrained` that takes the student's code along, where config.json names it: one that was trained on must
-    load elsewhere, too. Where that code itself runs, transformers copies it."""
+    load elsewhere, too. Where that code itself runs, transformers copies it. Uploads would come first: refused."""
 
     def save_pretrained(
         self: PreTrainedModel, save_directory: str | Path, is_main_process: bool = True, *arguments: Any, **named: Any
@@ -190,8 +189,8 @@ def _saving_code(save: Callable[..., None]) -> Callable[..., None]:
         travels = "auto_map" in self.config.to_dict()
         if travels and inspect.signature(save).bind(self, "", True, *arguments, **named).arguments.get("push_to_hub"):
             raise ValueError(
-                "save_pretrained(push_to_hub=True) uploads before the student's code is written, and what it uploads could "
-                "not be loaded; call push_to_hub(repo_id) of the model, or `linearize push`"
+                "save_pretrained(push_to_hub=True) uploads before the student's code is written, and what it uploads "
+                "could not be loaded; call push_to_hub(repo_id) of the model, or `linearize push`"
             )
         save(self, save_directory, is_main_process, *arguments, **named)
         if is_main_process and travels:

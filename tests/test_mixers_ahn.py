@@ -66,6 +66,7 @@ def written_out(mixer: Ahn, heads: HeadInputs) -> Tensor:
         if config.published:
             assert mixer.norm_weight_V is not None
             assert mixer.output_weight_HVV is not None
+            o_BHV = o_BHV * KEY**-0.5
             o_BHV = o_BHV / (o_BHV.square().mean(-1, keepdim=True) + NORM_EPSILON).sqrt() * mixer.norm_weight_V
             o_BHV = torch.einsum("bhv,hvw->bhw", o_BHV * F.silu(logit_BH)[..., None], mixer.output_weight_HVV)
             outputs.append(near_BHV + o_BHV)
@@ -136,13 +137,16 @@ def test_share_is_read_only_where_a_key_has_left(case: str) -> None:
     found = mixer.readings(heads)
     assert found.log_gate is not None
     assert (found.log_gate <= 0).all()
-    if mixer.config.published:
-        assert found.linear_share_BTH is None
-        return
     assert found.linear_share_BTH is not None
     first = mixer.config.window + mixer.config.sinks
     assert found.linear_share_BTH[:, :first].isnan().all()
-    assert found.linear_share_BTH[:, first:].isfinite().all()
+    share_BTH = found.linear_share_BTH[:, first:]
+    assert (share_BTH > 0).all()
+    assert (share_BTH < 1).all()
+    with torch.no_grad(), silenced([mixer], "linear"):
+        silent = mixer.readings(heads).linear_share_BTH
+    assert silent is not None
+    assert not silent[:, first:].any()
 
 
 def test_state_is_the_size_it_says() -> None:

@@ -52,7 +52,7 @@ CASES: dict[str, MixerConfig] = {name: entry.config() for name, entry in MIXERS.
     "gdn-published": GdnConfig(conv=4, activation="silu", norm="rms"),
     "gdn-rope": GdnConfig(rope=True, activation="none", gate=False, half_life=(64.0, 64.0)),
     "gdn-conv-rope": GdnConfig(conv=2, rope=True, maps=False),
-    "ahn-small": AhnConfig(window=7, sinks=3),
+    "ahn-small": AhnConfig(window=4, sinks=2),
     "ahn-one": AhnConfig(window=1, sinks=0, half_life=(2.0, 8.0)),
     "ahn-published": AhnConfig(published=True, window=33, sinks=5),
     "ahn-published-small": AhnConfig(published=True, window=5, sinks=0, half_life=(2.0, 8.0)),

@@ -28,7 +28,7 @@ START_SHARE = 0.1
 """Of the state in the mix."""
 
 NORM_EPSILON = 1e-5
-"""Of the published RMSNorm."""
+"""Of the published RMSNorm, of outputs whose queries are multiplied by K^-0.5."""
 
 GATE_STD = 0.02
 """Spread of the published gates' weights at the start; our reading (a linear layer of the authors' teacher)."""
@@ -42,8 +42,8 @@ class AhnConfig(MixerConfig):
 
     kind: Literal["ahn"] = "ahn"
     published: bool = Field(False, description="the authors' form: rotated q and k as they are, outputs added")
-    window: int = Field(128, ge=1, le=4096, description="keys that are attended to exactly, the query's own included")
-    sinks: int = Field(4, ge=0, le=256, description="first tokens that stay in the exact branch")
+    window: int = Field(128, ge=1, le=32_768, description="keys that are attended to exactly, the query's own included")
+    sinks: int = Field(4, ge=0, le=128, description="first tokens that stay in the exact branch")
     half_life: HalfLife | None = Field(
         None, description="tokens; heads start spread between the two. Default: 16 to 512, drawn at random if published"
     )
@@ -67,12 +67,11 @@ class Ahn(StudentMixer):
 
         alpha_j = exp(-exp(A_log) softplus(x_j w_a + dt_bias)),  beta_j = sigmoid(x_j w_b + b)
 
-    published: y_t = o^W_t + W_h (RMSNorm(o_t) * silu(x_t w_g)), with a state per query head, q and k as the teacher
-               rotates them, b = 0, and W_h = 0 at the start: the student begins as the window alone. The authors'
-               scaling of q is left out, as RMSNorm undoes it.
+    published: y_t = o^W_t + W_h (RMSNorm(K^-0.5 o_t) * silu(x_t w_g)), with a state per query head, q and k as the
+               teacher rotates them, b = 0, and W_h = 0 at the start: the student begins as the window alone.
     ours:      y_t = (1 - lambda_t) o^W_t + lambda_t s * o_t, with lambda_t = sigmoid(x_t w_l + c) per head for tokens
                that a key has left, else 0; s a scale per channel; q and k = silu(q W + b) of the teacher's before RoPE,
-               a state per key/value head. A sum cannot take away what the window found where nothing is to be found.
+               a state per key/value head.
 
     Starts, ours: as `gdn` (maps identities, half-lives of 16 to 512 tokens, beta 1/4); s = 1, lambda 1/10.
 
@@ -142,7 +141,8 @@ class Ahn(StudentMixer):
             y_BTHV, after = self._decode(heads, state)
             return y_BTHV.to(heads.v_BTGV.dtype), after
         ordered, put_back, near_BTHV, left, kept = self._read(heads, state)
-        y_BTHV, s_BJKV = self._mix(ordered, near_BTHV, left, state)
+        o_BTHV, s_BJKV = self._recall(ordered, left, state)
+        y_BTHV = self._mix(ordered, near_BTHV, o_BTHV, left.real_BT)
         return put_back(y_BTHV).to(heads.v_BTGV.dtype), (*kept, s_BJKV)
 
     def _decode(self, heads: HeadInputs, state: MixerState) -> tuple[Tensor, MixerState]:
@@ -159,8 +159,8 @@ class Ahn(StudentMixer):
             after_BWC = torch.where(heads.mask_BT.unsqueeze(-1), after_BWC, gates_BWC)
         k_BWGK = before.far_k_BWGK if self.local.own_far_keys else before.k_BWGK
         left = _Left(k_BWGK[:, :1], before.v_BWGV[:, :1], gates_BWC[:, :1], real_B1)
-        y_BTHV, s_BJKV = self._mix(heads, near.o_BTHV, left, state)
-        return y_BTHV, (*exact, after_BWC, s_BJKV)
+        o_BTHV, s_BJKV = self._recall(heads, left, state)
+        return self._mix(heads, near.o_BTHV, o_BTHV, real_B1), (*exact, after_BWC, s_BJKV)
 
     def _read(
         self, heads: HeadInputs, state: MixerState | None
@@ -171,7 +171,8 @@ class Ahn(StudentMixer):
         exact = read(heads, timeline, self.local, before)
         k_BTGK, v_BTGV, real_BT = exact.left_k_BTGK, exact.left_v_BTGV, exact.left_BT
         if exact.delayed:
-            k_BTGK, v_BTGV = (timeline.join(None, x_BTGX, window)[:, :length] for x_BTGX in (k_BTGK, v_BTGV))
+            late = min(window, length)
+            k_BTGK, v_BTGV = (timeline.join(None, x_BTGX, late)[:, :length] for x_BTGX in (k_BTGK, v_BTGV))
         if real_BT is None:
             place_T = torch.arange(length, device=k_BTGK.device)
             real_BT = (place_T >= window + self.config.sinks).expand(batch, -1)
@@ -185,10 +186,8 @@ class Ahn(StudentMixer):
         beta_BTJ = self.beta(heads.x_BTD.to(self.beta.weight.dtype)).sigmoid()
         return torch.cat([log_decay(heads.x_BTD, self.decay, self.decay_log_rate_J), beta_BTJ], dim=-1)
 
-    def _mix(
-        self, heads: HeadInputs, near_BTHV: Tensor, left: _Left, state: MixerState | None
-    ) -> tuple[Tensor, Tensor]:
-        """Outputs in fp32 at least, and the delta rule's state."""
+    def _recall(self, heads: HeadInputs, left: _Left, state: MixerState | None) -> tuple[Tensor, Tensor]:
+        """o_t [B, T, H, V] in fp32 at least, and the delta rule's state."""
         q_BTHK, k_BTGK, v_BTGV = heads.q_BTHK, left.k_BTGK, left.v_BTGV
         activation: Activation = "silu"
         if self.config.published:
@@ -199,7 +198,7 @@ class Ahn(StudentMixer):
         q_BTHK = unit(mapped(q_BTHK, self.query_weight_HKK, self.query_bias_HK, activation))
         k_BTJK = unit(mapped(k_BTGK, self.key_weight_GKK, self.key_bias_GK, activation))
         log_alpha_BTJ, beta_BTJ = (left.gates_BTC * left.real_BT.unsqueeze(-1)).chunk(2, dim=-1)
-        o_BTHV, s_BJKV = gated_delta_rule(
+        return gated_delta_rule(
             q_BTHK,
             k_BTJK * left.real_BT[:, :, None, None],
             v_BTGV.to(q_BTHK.dtype),
@@ -208,20 +207,25 @@ class Ahn(StudentMixer):
             None if state is None else state[LOCAL_TENSORS + 1],
             heads.segments_BT,
         )
-        return self._join(heads, near_BTHV.to(o_BTHV.dtype), o_BTHV, left.real_BT), s_BJKV
 
-    def _join(self, heads: HeadInputs, near_BTHV: Tensor, o_BTHV: Tensor, real_BT: Tensor) -> Tensor:
+    def _mix(self, heads: HeadInputs, near_BTHV: Tensor, o_BTHV: Tensor, real_BT: Tensor) -> Tensor:
         """Both branches' outputs as one."""
+        near_BTHV = near_BTHV.to(o_BTHV.dtype)
         if self.config.published:
-            assert self.norm_weight_V is not None
-            assert self.output_weight_HVV is not None
-            o_BTHV = o_BTHV * (o_BTHV.square().mean(-1, keepdim=True) + NORM_EPSILON).rsqrt() * self.norm_weight_V
-            open_BTH = F.silu(self.gate(heads.x_BTD.to(self.gate.weight.dtype)))
-            far_BTHV = torch.einsum("bthv,hvw->bthw", o_BTHV * open_BTH.unsqueeze(-1), self.output_weight_HVV)
+            far_BTHV = self._added(heads, o_BTHV)
             return near_BTHV * float(self.window_branch) + far_BTHV * float(self.linear_branch)
         assert self.scale_HV is not None
         share_BTH1 = self._share(heads, real_BT).unsqueeze(-1)
         return (1 - share_BTH1) * near_BTHV * float(self.window_branch) + share_BTH1 * self.scale_HV * o_BTHV
+
+    def _added(self, heads: HeadInputs, o_BTHV: Tensor) -> Tensor:
+        """What the published form adds to the window's outputs."""
+        assert self.norm_weight_V is not None
+        assert self.output_weight_HVV is not None
+        epsilon = NORM_EPSILON * self.shapes.key_width  # o is K^0.5 times the authors'
+        o_BTHV = o_BTHV * (o_BTHV.square().mean(-1, keepdim=True) + epsilon).rsqrt() * self.norm_weight_V
+        open_BTH = F.silu(self.gate(heads.x_BTD.to(self.gate.weight.dtype)))
+        return torch.einsum("bthv,hvw->bthw", o_BTHV * open_BTH.unsqueeze(-1), self.output_weight_HVV)
 
     def _share(self, heads: HeadInputs, real_BT: Tensor) -> Tensor:
         """lambda [B, T, H]."""
@@ -235,7 +239,12 @@ class Ahn(StudentMixer):
         log_alpha_BTJ = log_decay(heads.x_BTD, self.decay, self.decay_log_rate_J)
         if heads.mask_BT is not None:
             log_alpha_BTJ = log_alpha_BTJ * heads.mask_BT.unsqueeze(-1)
-        if self.config.published:
-            return Readings(log_alpha_BTJ)
         far_BT = positions(heads) >= self.config.window + self.config.sinks
-        return Readings(log_alpha_BTJ, self._share(heads, far_BT).masked_fill(~far_BT.unsqueeze(-1), float("nan")))
+        if self.config.published:
+            ordered, put_back, near_BTHV, left, _ = self._read(heads, None)
+            added_BTHV = self._added(ordered, self._recall(ordered, left, None)[0])
+            near_BTH, added_BTH = (put_back(x_BTHV).float().norm(dim=-1) for x_BTHV in (near_BTHV, added_BTHV))
+            share_BTH = added_BTH * float(self.linear_branch) / (near_BTH + added_BTH)
+        else:
+            share_BTH = self._share(heads, far_BT)
+        return Readings(log_alpha_BTJ, share_BTH.masked_fill(~far_BT.unsqueeze(-1), float("nan")))
