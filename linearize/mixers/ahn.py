@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, StudentMixer
 from linearize.mixers.delta import START_BETA, Activation, log_decay, mapped, start_decay, unit
+from linearize.mixers.feature_maps import start_maps
 from linearize.mixers.gates import HalfLife
 from linearize.mixers.local import LOCAL_TENSORS, Local, decodes, local_state, local_state_bytes, read
 from linearize.mixers.timeline import PutBack, begin, positions, tail_of
@@ -106,12 +107,7 @@ class Ahn(StudentMixer):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            for weight in (self.query_weight_HKK, self.key_weight_GKK):
-                if weight is not None:
-                    weight.copy_(torch.eye(self.shapes.key_width))
-            for bias in (self.query_bias_HK, self.key_bias_GK):
-                if bias is not None:
-                    bias.zero_()
+            start_maps((self.query_weight_HKK, self.key_weight_GKK), (self.query_bias_HK, self.key_bias_GK))
             for ones in (self.scale_HV, self.norm_weight_V):
                 if ones is not None:
                     ones.fill_(1.0)

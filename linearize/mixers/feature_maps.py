@@ -6,6 +6,7 @@ F features per sign.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
@@ -16,7 +17,16 @@ from linearize_kernels.hedgehog_attention import FeatureMap as Normalisation
 from linearize_kernels.hedgehog_attention import Map, hedgehog_features, map_heads
 from linearize_kernels.hedgehog_attention.maps import MAX_EXPONENT, MIN_FEATURE
 
-__all__ = ["MAX_EXPONENT", "MIN_FEATURE", "HedgehogMap", "Normalisation", "feature_rows", "map_heads", "normalised"]
+__all__ = [
+    "MAX_EXPONENT",
+    "MIN_FEATURE",
+    "HedgehogMap",
+    "Normalisation",
+    "feature_rows",
+    "map_heads",
+    "normalised",
+    "start_maps",
+]
 
 
 class HedgehogMap(nn.Module):
@@ -47,6 +57,17 @@ class HedgehogMap(nn.Module):
     def weights(self) -> Map:
         """For operations that map heads themselves."""
         return Map(self.weight_HKF, self.bias_HF)
+
+
+def start_maps(weights: Iterable[Tensor | None], biases: Iterable[Tensor | None]) -> None:
+    """Linear maps of heads [X, K, K] begin as identities, biases [X, K] as 0; None is a map that there is not."""
+    with torch.no_grad():
+        for weight_XKK in weights:
+            if weight_XKK is not None:
+                weight_XKK.copy_(torch.eye(weight_XKK.shape[-1]))
+        for bias_XK in biases:
+            if bias_XK is not None:
+                bias_XK.zero_()
 
 
 def feature_rows(heads: HeadInputs, q_BTHF: Tensor, k_BTHF: Tensor) -> RowWeights:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, StudentMixer
 from linearize.mixers.delta import EPSILON, START_BETA, Activation, log_decay, mapped, start_decay, unit
+from linearize.mixers.feature_maps import start_maps
 from linearize.mixers.gates import OPEN_GATE, HalfLife
 from linearize.mixers.timeline import Timeline, begin
 from linearize_kernels import causal_convs
@@ -100,12 +101,7 @@ class Gdn(StudentMixer):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            for weight in (self.query_weight_HKK, self.key_weight_GKK):
-                if weight is not None:
-                    weight.copy_(torch.eye(self.shapes.key_width))
-            for bias in (self.query_bias_HK, self.key_bias_GK):
-                if bias is not None:
-                    bias.zero_()
+            start_maps((self.query_weight_HKK, self.key_weight_GKK), (self.query_bias_HK, self.key_bias_GK))
             for taps in (self.query_taps_HKS, self.key_taps_GKS, self.value_taps_GVS):
                 if taps is not None:
                     taps.zero_()[..., 0] = 1.0

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from linearize.mixers.base import HeadInputs, HeadShapes, MixerConfig, MixerState, Readings, RowWeights, StudentMixer
-from linearize.mixers.feature_maps import map_heads
+from linearize.mixers.feature_maps import map_heads, start_maps
 from linearize.mixers.gates import OPEN_GATE, HalfLife, rates
 from linearize.mixers.timeline import Timeline, begin
 from linearize_kernels import causal_convs
@@ -164,12 +164,7 @@ class Mamba2(StudentMixer):
 
     def reset_parameters(self) -> None:
         with torch.no_grad():
-            for weight in (self.query_weight_HKK, self.key_weight_GKK):
-                if weight is not None:
-                    weight.copy_(torch.eye(self.shapes.key_width))
-            for bias in (self.query_bias_HK, self.key_bias_GK):
-                if bias is not None:
-                    bias.zero_()
+            start_maps((self.query_weight_HKK, self.key_weight_GKK), (self.query_bias_HK, self.key_bias_GK))
             if self.constant_H is not None:
                 self.constant_H.fill_(START_CONSTANT)
             if self.norm_weight is not None:
